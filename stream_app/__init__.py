@@ -1,0 +1,1 @@
+"""Clicks in on Kafka, refreshed recommendations out."""

@@ -1,0 +1,1 @@
+"""A local Kafka, real clicks and a live view: for development only."""
