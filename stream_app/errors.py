@@ -1,0 +1,33 @@
+"""What can go wrong outside the code, as an operator reads it: one line that says what was given, what is allowed, what to do.
+
+StreamAppError
+├── SettingsError        a STREAM_APP_* variable or an option
+├── BrokerUnavailable    Kafka, or what the embedded broker needs, can't be reached in time
+├── TopicsError          a topic is missing or does not fit
+├── StateError           a stored user state does not fit this worker
+└── WorkerError          the worker can't start, or had to stop
+"""
+
+
+class StreamAppError(Exception):
+    """Base of every error that a command reports as one line."""
+
+
+class SettingsError(StreamAppError):
+    """A setting is missing, malformed or out of range."""
+
+
+class BrokerUnavailable(StreamAppError):
+    """Kafka did not answer in time, or could not be started."""
+
+
+class TopicsError(StreamAppError):
+    """A topic is missing, or its partitions or policies do not fit."""
+
+
+class StateError(StreamAppError):
+    """A stored user state was written by another model, layout or version."""
+
+
+class WorkerError(StreamAppError):
+    """The worker can't start, or stopped because going on would lose or double something."""
