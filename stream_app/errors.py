@@ -1,4 +1,4 @@
-"""What can go wrong outside the code, as an operator reads it: one line that says what was given, what is allowed, what to do.
+"""What can go wrong outside the code: one line for an operator, with what was given, what is allowed, what to do.
 
 StreamAppError
 ├── SettingsError        a STREAM_APP_* variable or an option

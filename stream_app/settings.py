@@ -94,12 +94,8 @@ class Settings:
         _Kind(_kafka_servers, "HOST:PORT, several separated by commas"),
         "Kafka bootstrap servers",
     )
-    model: Path | None = _setting(
-        None, _PATH, "the bundle, a folder written by `lrurec train` or `lrurec convert`"
-    )
-    app_id: str = _setting(
-        "stream-app", _TOPIC, "name of this application: consumer group and changelog prefix"
-    )
+    model: Path | None = _setting(None, _PATH, "the bundle, a folder written by `lrurec train` or `lrurec convert`")
+    app_id: str = _setting("stream-app", _TOPIC, "name of this application: consumer group and changelog prefix")
     clicks_topic: str = _setting("clicks", _TOPIC, "topic of click events")
     recommendations_topic: str = _setting("recommendations", _TOPIC, "topic of recommendations")
     dead_letter_topic: str = _setting("clicks-dead-letter", _TOPIC, "topic of messages that are no clicks")
@@ -123,33 +119,23 @@ class Settings:
     )
     max_batch: int = _setting(2_048, _integer(1, 65_536), "clicks in a micro-batch, at most")
     max_wait_ms: int = _setting(0, _integer(0, 10_000), "milliseconds to wait for a micro-batch to fill")
-    max_click_bytes: int = _setting(
-        65_536, _integer(64, 16_777_216), "a longer click goes to the dead letters"
-    )
+    max_click_bytes: int = _setting(65_536, _integer(64, 16_777_216), "a longer click goes to the dead letters")
     device: str = _setting("auto", _choice("auto", "cpu", "cuda"), "where the model runs")
     state_dir: Path = _setting(
         Path("stream-app-state"),
         _PATH,
         "folder of the RocksDB cache of user states; it may be lost at any time",
     )
-    state_dtype: str = _setting(
-        "float16", _choice("float16", "float32"), "precision of the stored hidden state"
-    )
-    state_cache_mb: int = _setting(
-        256, _integer(8, 1_048_576), "MiB of RocksDB block cache, shared by all partitions"
-    )
+    state_dtype: str = _setting("float16", _choice("float16", "float32"), "precision of the stored hidden state")
+    state_cache_mb: int = _setting(256, _integer(8, 1_048_576), "MiB of RocksDB block cache, shared by all partitions")
     session_timeout_seconds: float = _setting(
         30.0, _seconds(1, 1_800), "the group declares a silent worker dead after this long"
     )
-    shutdown_seconds: float = _setting(
-        25.0, _seconds(1, 3_600), "SIGTERM drains, commits and exits within this long"
-    )
+    shutdown_seconds: float = _setting(25.0, _seconds(1, 3_600), "SIGTERM drains, commits and exits within this long")
     broker_timeout_seconds: float = _setting(30.0, _seconds(1, 600), "how long a request to Kafka may take")
     web_host: str = _setting("127.0.0.1", _TEXT, "address that the health and metrics port binds to")
     web_port: int = _setting(6066, _integer(0, 65_535), "port for /live, /ready and /metrics; 0 turns it off")
-    log_format: str = _setting(
-        "json", _choice("json", "console"), "one JSON object a line, or text for people"
-    )
+    log_format: str = _setting("json", _choice("json", "console"), "one JSON object a line, or text for people")
     log_level: str = _setting(
         "info", _choice("debug", "info", "warning", "error"), "the least serious line that is logged"
     )
@@ -161,12 +147,8 @@ class Settings:
     )
     sasl_username: str | None = _setting(None, _TEXT, "SASL user")
     sasl_password: str | None = _setting(None, _TEXT, "SASL password; never logged", secret=True)
-    tls_ca_file: Path | None = _setting(
-        None, _PATH, "PEM file of the authorities that sign Kafka's certificate"
-    )
-    tls_cert_file: Path | None = _setting(
-        None, _PATH, "PEM file of this client's certificate, for mutual TLS"
-    )
+    tls_ca_file: Path | None = _setting(None, _PATH, "PEM file of the authorities that sign Kafka's certificate")
+    tls_cert_file: Path | None = _setting(None, _PATH, "PEM file of this client's certificate, for mutual TLS")
     tls_key_file: Path | None = _setting(None, _PATH, "PEM file of this client's private key")
 
     @classmethod
@@ -191,12 +173,11 @@ class Settings:
     def _check_together(self) -> None:
         if self.security_protocol.startswith("SASL") and not (self.sasl_username and self.sasl_password):
             raise SettingsError(
-                f"{PREFIX}SECURITY_PROTOCOL={self.security_protocol} needs {PREFIX}SASL_USERNAME and {PREFIX}SASL_PASSWORD"
+                f"{PREFIX}SECURITY_PROTOCOL={self.security_protocol} needs "
+                f"{PREFIX}SASL_USERNAME and {PREFIX}SASL_PASSWORD"
             )
         if bool(self.tls_cert_file) != bool(self.tls_key_file):
-            raise SettingsError(
-                f"{PREFIX}TLS_CERT_FILE and {PREFIX}TLS_KEY_FILE go together: set both or neither"
-            )
+            raise SettingsError(f"{PREFIX}TLS_CERT_FILE and {PREFIX}TLS_KEY_FILE go together: set both or neither")
         topics = [self.clicks_topic, self.recommendations_topic, self.dead_letter_topic, self.changelog_topic]
         if len(set(topics)) < len(topics):
             raise SettingsError(
@@ -224,7 +205,8 @@ class Settings:
         except OSError as error:
             files = [str(path) for path in (self.tls_ca_file, self.tls_cert_file, self.tls_key_file) if path]
             raise SettingsError(
-                f"TLS files {', '.join(files)} can't be used: {error}; {PREFIX}TLS_* name PEM files that this user can read"
+                f"TLS files {', '.join(files)} can't be used: {error}; "
+                f"{PREFIX}TLS_* name PEM files that this user can read"
             ) from None
         return context
 
