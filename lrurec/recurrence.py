@@ -1,0 +1,145 @@
+"""The linear recurrent unit: a whole sequence at once for training, one step on a carried state for serving."""
+
+import math
+
+import torch
+from jaxtyping import Complex, Complex64, Float32, Int64
+from torch import Tensor, nn
+
+RING = (0.8, 0.99)
+"""|λ| at initialisation: between forgetting within a few clicks and remembering about a hundred."""
+
+
+class LRU(nn.Module):
+    """A diagonal complex linear recurrence, as LRURec's published code computes it.
+
+        λ   = exp(-exp(nu_log) + i exp(theta_log))                 |λ| < 1 by construction
+        h_t = λ ∘ h_{t-1} + exp(gamma_log) ∘ (B x_t + b)           h_0 = 0
+        y_t = Re(C h_t + c)
+
+    `gamma_log` is free: initialised so that γ = √(1 - |λ|²), it is trained on its own, and it scales b too. The paper's
+    D x_t is the residual connection around this module. B, b and C are complex and stored as real pairs (..., 2), so
+    that safetensors and AdamW need to know nothing of complex numbers. The imaginary part of c never shows and isn't
+    stored.
+
+    Sources: arXiv 2310.02367, its published code, and arXiv 2303.06349 (the LRU).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        channels = 2 * width
+        self.nu_log = nn.Parameter(torch.empty(channels))
+        self.theta_log = nn.Parameter(torch.empty(channels))
+        self.gamma_log = nn.Parameter(torch.empty(channels))
+        self.input_weight = nn.Parameter(torch.empty(channels, width, 2))
+        self.input_bias = nn.Parameter(torch.empty(channels, 2))
+        self.output_weight = nn.Parameter(torch.empty(width, channels, 2))
+        self.output_bias = nn.Parameter(torch.empty(width))
+        self.reset_eigenvalues()
+
+    @torch.no_grad()
+    def reset_eigenvalues(self) -> None:
+        """λ uniform by area on the ring 0.8 ≤ |λ| ≤ 0.99, any angle; γ = √(1 - |λ|²)."""
+        low, high = RING
+        squared_radius = low**2 + (high**2 - low**2) * torch.rand_like(self.nu_log)
+        self.nu_log.copy_((-0.5 * squared_radius.log()).log())
+        # 1 - rand lies in (0, 1]: the logarithm of an angle of 0 does not exist.
+        self.theta_log.copy_((2 * math.pi * (1 - torch.rand_like(self.theta_log))).log())
+        self.gamma_log.copy_(0.5 * (1 - squared_radius).log())
+
+    def eigenvalues(self) -> Complex64[Tensor, " h"]:
+        """λ."""
+        return torch.exp(torch.complex(-self.nu_log.exp(), self.theta_log.exp()))
+
+    def drive(self, x: Float32[Tensor, "n d"]) -> Complex64[Tensor, "n h"]:
+        """γ ∘ (B x + b): what one click adds to the state."""
+        channels, width, _ = self.input_weight.shape
+        gamma = self.gamma_log.exp()[:, None]
+        # One real product with (re, im) rows interleaved gives complex numbers without a copy.
+        weight = (self.input_weight.mT * gamma[..., None]).reshape(2 * channels, width)
+        pairs = nn.functional.linear(x, weight, (self.input_bias * gamma).flatten())
+        return torch.view_as_complex(pairs.view(len(x), channels, 2))
+
+    def read(self, h: Complex64[Tensor, "n h"]) -> Float32[Tensor, "n d"]:
+        """Re(C h + c)."""
+        sign = self.output_weight.new_tensor([1.0, -1.0])  # Re(C h) = Re C · Re h - Im C · Im h
+        weight = (self.output_weight * sign).flatten(1)
+        return nn.functional.linear(torch.view_as_real(h).flatten(1), weight, self.output_bias)
+
+    def forward(
+        self,
+        x: Float32[Tensor, "n d"],
+        position: Int64[Tensor, " n"],
+        state: Complex64[Tensor, "s h"] | None = None,
+    ) -> tuple[Float32[Tensor, "n d"], Complex64[Tensor, "n h"]]:
+        """All steps of several sequences laid end to end: (y, h after every step).
+
+        `position` is 0 where a sequence starts. `state` is what each of the s sequences starts from; None is zeros.
+        """
+        eigenvalues = self.eigenvalues()
+        driven = self.drive(x)
+        if state is not None:
+            driven = driven.index_add(0, torch.nonzero(position == 0)[:, 0], eigenvalues * state)
+        h = linear_scan(driven, eigenvalues, position)
+        return self.read(h), h
+
+    def step(
+        self, x: Float32[Tensor, "b d"], state: Complex64[Tensor, "b h"]
+    ) -> tuple[Float32[Tensor, "b d"], Complex64[Tensor, "b h"]]:
+        """One step of b users: (y, the state after it). `state` is left as it was."""
+        h = self.eigenvalues() * state + self.drive(x)
+        return self.read(h), h
+
+
+def linear_scan(
+    driven: Complex[Tensor, "n h"], eigenvalues: Complex[Tensor, " h"], position: Int64[Tensor, " n"]
+) -> Complex[Tensor, "n h"]:
+    """h_t = λ h_{t-1} + u_t within each packed sequence; h starts at 0 where `position` is 0.
+
+    ⌈log2(longest sequence)⌉ passes over the array: after the pass of stride s, h_t holds the last 2s terms of its sum.
+    """
+    result: Tensor = _LinearScan.apply(driven, eigenvalues, position)
+    return result
+
+
+class _LinearScan(torch.autograd.Function):
+    """Hand-written backward: the gradient of a linear recurrence is the same recurrence, run from the end.
+
+        g_t = ∂L/∂h_t + conj(λ) g_{t+1},    ∂L/∂u_t = g_t,    ∂L/∂λ = Σ_t g_t conj(h_{t-1})
+
+    Autograd through the passes would keep every one of them in memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, driven: Tensor, eigenvalues: Tensor, position: Tensor
+    ) -> Tensor:
+        h = _scan(driven, eigenvalues, position)
+        ctx.save_for_backward(h, eigenvalues, position)
+        return h
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        h, eigenvalues, position = ctx.saved_tensors  # type: ignore[attr-defined]
+        # Read backwards, each sequence's last token comes first: its distance to the end is the new position.
+        g = _scan(grad.flip(0), eigenvalues.conj(), _distance_to_end(position).flip(0)).flip(0)
+        continues = (position[1:] > 0)[:, None]
+        return g, (g[1:] * h[:-1].conj() * continues).sum(0), None
+
+
+def _scan(driven: Tensor, eigenvalues: Tensor, position: Tensor) -> Tensor:
+    longest = int(position.max()) + 1 if len(position) else 0
+    h, power, stride = driven.clone(), eigenvalues, 1
+    while stride < longest:
+        reaches = (position[stride:] >= stride)[:, None]
+        h[stride:] += torch.where(reaches, power * h[:-stride], 0)
+        power, stride = power * power, 2 * stride
+    return h
+
+
+def _distance_to_end(position: Tensor) -> Tensor:
+    """Steps left until the last token of each token's own sequence."""
+    starts = torch.nonzero(position == 0)[:, 0]
+    ends = torch.cat([starts[1:], starts.new_tensor([len(position)])])
+    length = (ends - starts).repeat_interleave(ends - starts)
+    return length - 1 - position
