@@ -1,0 +1,230 @@
+"""The loops of serving, compiled: one recurrent step per click, and an exact top-K that never writes the score matrix.
+
+Each public function runs without the GIL, so that the event loop beside it goes on (an eager torch step takes the GIL
+back at every operator). Matrix products are BLAS calls on tiles of a fixed number of rows: a click's result has the
+same bits whatever else is in its micro-batch, so a click that is computed again after a crash gives the same answer.
+
+Axes: n clicks, p clicks padded up to whole tiles, u users, l blocks, d width, h complex channels, v items.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+#: Rows of one matrix product. OpenBLAS takes another route, with other rounding, for products under a million
+#: multiplications: 32 rows keep every layer of a usual model above that, or below it, for every batch.
+TILE = 32
+
+_HALF_MAX = np.float32(65504.0)
+_HALF_SMALLEST_NORMAL = np.float32(2.0**-14)
+_HALF_SPLIT = np.float32(2.0**13 + 1.0)
+_HALF_QUANTUM = np.float32(0.75)
+
+
+@njit(inline="always")
+def _to_half(x):
+    """Float32 rounded to what float16 can hold, still as float32; beyond ±65504 it stays there.
+
+    Normal numbers: Veltkamp's split keeps 24 - 13 = 11 significant bits. Below 2^-14 float16 has a fixed step of 2^-24,
+    the last bit of a float32 near 0.75. Branch-free, so the loop around it stays vectorised; no fast-math here.
+    """
+    x = min(max(x, -_HALF_MAX), _HALF_MAX)
+    scaled = x * _HALF_SPLIT
+    normal = scaled - (scaled - x)
+    small = (x + _HALF_QUANTUM) - _HALF_QUANTUM
+    return small if abs(x) < _HALF_SMALLEST_NORMAL else normal
+
+
+@njit(inline="always")
+def _erf(x):
+    """The error function in float32, by the rational minimax approximation that Eigen and XLA use (|error| < 4e-7)."""
+    x = min(max(x, np.float32(-3.832506856900711)), np.float32(3.832506856900711))
+    z = x * x
+    top = np.float32(-2.72614225801306e-10)
+    top = top * z + np.float32(2.77068142495902e-08)
+    top = top * z + np.float32(-2.10102402082508e-06)
+    top = top * z + np.float32(-5.69250639462346e-05)
+    top = top * z + np.float32(-7.34990630326855e-04)
+    top = top * z + np.float32(-2.95459980854025e-03)
+    top = top * z + np.float32(-1.60960333262415e-02)
+    bottom = np.float32(-1.45660718464996e-05)
+    bottom = bottom * z + np.float32(-2.13374055278905e-04)
+    bottom = bottom * z + np.float32(-1.68282697438203e-03)
+    bottom = bottom * z + np.float32(-7.37332916720468e-03)
+    bottom = bottom * z + np.float32(-1.42647390514189e-02)
+    return x * top / bottom
+
+
+@njit(fastmath={"reassoc"}, nogil=True)
+def _layer_norm(x, weight, bias, epsilon):
+    """Each row of x to mean 0 and variance 1, then scaled and shifted, in place."""
+    rows, width = x.shape
+    for row in range(rows):
+        mean = np.float32(0)
+        for i in range(width):
+            mean += x[row, i]
+        mean /= np.float32(width)
+        variance = np.float32(0)
+        for i in range(width):
+            variance += (x[row, i] - mean) * (x[row, i] - mean)
+        scale = np.float32(1) / np.sqrt(variance / np.float32(width) + epsilon)
+        for i in range(width):
+            x[row, i] = (x[row, i] - mean) * scale * weight[i] + bias[i]
+
+
+@njit(nogil=True)
+def _add_bias_and_gelu(x, bias):
+    """x ← GELU(x + bias), the exact form with erf, in place."""
+    rows, width = x.shape
+    for row in range(rows):
+        for i in range(width):
+            y = x[row, i] + bias[i]
+            x[row, i] = np.float32(0.5) * y * (np.float32(1) + _erf(y * np.float32(0.7071067811865476)))
+
+
+@njit(nogil=True)
+def _add_residual(x, bias, residual):
+    """x ← x + bias + residual, in place."""
+    rows, width = x.shape
+    for row in range(rows):
+        for i in range(width):
+            x[row, i] += bias[i] + residual[row, i]
+
+
+@njit(nogil=True)
+def _product(x, weight, out):
+    """out ← x·weight, tile by tile; x has whole tiles."""
+    for start in range(0, x.shape[0], TILE):
+        np.dot(x[start : start + TILE], weight, out[start : start + TILE])
+
+
+@njit(nogil=True)
+def _recur(users, bu, bias, decay, hidden, block, half):
+    """h ← λh + γ(Bx + b), click after click; bu holds γBx of each click going in and h after it coming out.
+
+    Rounded to float16 after every click where the state is stored so: what a click gives then never depends on which
+    clicks shared its micro-batch.
+    """
+    channels = decay.shape[1]
+    for click in range(users.shape[0]):
+        state = hidden[users[click], block]
+        drive = bu[click]
+        for c in range(channels):
+            re, im = state[0, c], state[1, c]
+            new_re = decay[0, c] * re - decay[1, c] * im + drive[c] + bias[c]
+            new_im = decay[0, c] * im + decay[1, c] * re + drive[channels + c] + bias[channels + c]
+            if half:
+                new_re, new_im = _to_half(new_re), _to_half(new_im)
+            state[0, c], state[1, c] = new_re, new_im
+            drive[c], drive[channels + c] = new_re, new_im
+
+
+@njit(nogil=True, cache=True)
+def advance(users, items, weights, hidden, half, recent_items, clicks, encodings, wide, seen, counts):
+    """One recurrent step per click, and what each click's user has seen after it.
+
+    Args:
+        users: (n,) row of each click's user; clicks of one user in their order.
+        items: (n,) item row of each click, 1..v.
+        weights: `serving.Weights`.
+        hidden: (u, l, 2, h) float32, real and imaginary parts of every user's state; advanced in place.
+        half: round the hidden state to float16 after every click.
+        recent_items: (u, R) int32 ring, advanced in place.
+        clicks: (u,) int64 clicks so far, advanced in place.
+        encodings: (p, d) float32, out: what the item scores are computed from.
+        wide: (p, 4d) float32 scratch.
+        seen: (n, R) int32, out: the ring after each click, 0 where it is not full yet.
+        counts: (n,) int64, out: clicks of the user after each click.
+
+    """
+    embedded, in_weight, in_bias, decay, out_weight, out_bias, norm_1, up, up_bias, down, down_bias, norm_2, eps = (
+        weights
+    )
+    n = users.shape[0]
+    x = encodings
+    for click in range(n):
+        x[click] = embedded[items[click]]
+    x[n:] = np.float32(0)
+    y = np.empty_like(x)
+    for block in range(in_weight.shape[0]):
+        _product(x, in_weight[block], wide)
+        _recur(users, wide, in_bias[block], decay[block], hidden, block, half)
+        _product(wide, out_weight[block], y)
+        _add_residual(y, out_bias[block], x)
+        _layer_norm(y, norm_1[block, 0], norm_1[block, 1], eps)
+        _product(y, up[block], wide)
+        _add_bias_and_gelu(wide, up_bias[block])
+        _product(wide, down[block], x)
+        _add_residual(x, down_bias[block], y)
+        _layer_norm(x, norm_2[block, 0], norm_2[block, 1], eps)
+    capacity = recent_items.shape[1]
+    for click in range(n):
+        user = users[click]
+        recent_items[user, clicks[user] % capacity] = items[click]
+        clicks[user] += 1
+        seen[click] = recent_items[user]
+        counts[click] = clicks[user]
+
+
+@njit(nogil=True, inline="always")
+def _keep_best(scores, first_item, best_scores, best_items):
+    """Merges a run of scores into the best so far: highest first, the lower item row first among equals."""
+    k = best_scores.shape[0]
+    width = scores.shape[0]
+    for start in range(0, width, 16):
+        stop = min(start + 16, width)
+        least = best_scores[k - 1]
+        some_better = False
+        for i in range(start, stop):  # no branch in here: the compiler compares 16 scores at once
+            some_better |= scores[i] > least
+        if not some_better:
+            continue
+        for i in range(start, stop):
+            score = scores[i]
+            if score > best_scores[k - 1]:
+                place = k - 1
+                while place > 0 and score > best_scores[place - 1]:
+                    best_scores[place] = best_scores[place - 1]
+                    best_items[place] = best_items[place - 1]
+                    place -= 1
+                best_scores[place] = score
+                best_items[place] = first_item + i
+
+
+@njit(nogil=True, cache=True)
+def rank(encodings, wanted, item_chunks, seen, top_items, top_scores):
+    """The k best items of each wanted click: scores x·Eᵀ + bias in float32, exact, without what was seen.
+
+    Args:
+        encodings: (p, d) float32.
+        wanted: (m,) int64, the rows of `encodings` to rank.
+        item_chunks: (chunks, d + 1, w) float32, Eᵀ with the bias as its last row, for items 1..v in runs of w; places
+            beyond the catalogue have the bias -inf.
+        seen: (n, R) int32 item rows that each click's list leaves out, 0 for none; R is 0 to leave out nothing.
+        top_items: (m, k) int32, out: item rows, best first; 0 where there are fewer than k.
+        top_scores: (m, k) float32, out.
+
+    """
+    d = encodings.shape[1]
+    chunks, _, width = item_chunks.shape
+    top_items[:] = 0
+    top_scores[:] = -np.inf
+    tile = np.empty((TILE, d + 1), np.float32)
+    scores = np.empty((TILE, width), np.float32)
+    for start in range(0, wanted.shape[0], TILE):
+        rows = min(TILE, wanted.shape[0] - start)
+        padded = min(TILE, (rows + 7) // 8 * 8)
+        tile[:] = 0
+        for row in range(rows):
+            tile[row, :d] = encodings[wanted[start + row]]
+            tile[row, d] = 1
+        for chunk in range(chunks):
+            np.dot(tile[:padded], item_chunks[chunk], scores[:padded])
+            first = chunk * width + 1
+            for row in range(rows):
+                click = wanted[start + row]
+                for item in seen[click]:
+                    if first <= item < first + width:
+                        scores[row, item - first] = -np.inf
+                _keep_best(scores[row], first, top_scores[start + row], top_items[start + row])

@@ -1,0 +1,131 @@
+"""A user's state as bytes: one fixed-size row, little-endian, that any language can read.
+
+    bytes                 field            type            meaning
+    0                     format_version   u2              1; another layout gets another number
+    2                     blocks           u1              recurrent blocks of the model
+    3                     hidden_bytes     u1              bytes of a hidden number: 2 (float16) or 4 (float32)
+    4                     channels         u2              complex channels of a block, 2·d
+    6                     recent_capacity  u2              length R of the ring
+    8                     model            8 bytes         version of the bundle that wrote it
+    16                    source_offset    i8              offset of the last applied click in its partition
+    24                    clicks           i8              clicks applied so far
+    32                    timestamp_ms     i8              time of the last applied click
+    40                    recent_items     R x i4          ring: click number n (from 0) lies at n mod R
+    40 + 4R               hidden           blocks x 2 x channels numbers: real parts, then imaginary parts
+
+A new user's state is all zero but for the header: no clicks, h = 0, source_offset -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from lrurec.errors import LRURecError
+
+FORMAT_VERSION = 1
+HEADER_BYTES = 16
+
+#: Rows of a structured array, one a user; `StateLayout.dtype` is its type.
+UserStates = npt.NDArray[np.void]
+
+
+class UserStateError(LRURecError):
+    """Stored bytes are no state of this layout and model."""
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """The row that one model, precision and ring length give.
+
+    Args:
+        model: version of the bundle, 16 hexadecimal digits.
+        blocks: recurrent blocks.
+        channels: complex channels a block, 2·d.
+        precision: type of the stored hidden numbers.
+        recent_capacity: R, how many of the latest items are remembered.
+
+    """
+
+    model: str
+    blocks: int
+    channels: int
+    precision: Literal["float16", "float32"] = "float16"
+    recent_capacity: int = 100
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        """The structured type of one row."""
+        return np.dtype(
+            [
+                ("format_version", "<u2"),
+                ("blocks", "u1"),
+                ("hidden_bytes", "u1"),
+                ("channels", "<u2"),
+                ("recent_capacity", "<u2"),
+                ("model", "V8"),
+                ("source_offset", "<i8"),
+                ("clicks", "<i8"),
+                ("timestamp_ms", "<i8"),
+                ("recent_items", "<i4", (self.recent_capacity,)),
+                ("hidden", "<f2" if self.precision == "float16" else "<f4", (self.blocks, 2, self.channels)),
+            ]
+        )
+
+    #: Bytes 0 to 16 of every row of this layout: what must be equal before a row's other bytes mean anything.
+    @cached_property
+    def header(self) -> bytes:
+        row = np.zeros(1, self.dtype)
+        row["format_version"] = FORMAT_VERSION
+        row["blocks"] = self.blocks
+        row["hidden_bytes"] = 2 if self.precision == "float16" else 4
+        row["channels"] = self.channels
+        row["recent_capacity"] = self.recent_capacity
+        row["model"] = np.void(bytes.fromhex(self.model))
+        return row.tobytes()[:HEADER_BYTES]
+
+    @cached_property
+    def initial_row(self) -> bytes:
+        """A user's state before the first click."""
+        row = np.frombuffer(self.header.ljust(self.dtype.itemsize, b"\0"), self.dtype).copy()
+        row["source_offset"] = -1
+        return row.tobytes()
+
+    def unpack(self, rows: Sequence[bytes | None]) -> UserStates:
+        """States out of stored bytes, a writable copy; None is a user without history.
+
+        Raises:
+            UserStateError: a row has another length, version, architecture or model.
+        """
+        size, initial = self.dtype.itemsize, self.initial_row
+        data = bytearray().join([initial if row is None else row for row in rows])
+        if len(data) != size * len(rows):
+            wrong = next(row for row in rows if row is not None and len(row) != size)
+            raise UserStateError(
+                f"a stored user state has {len(wrong):,} bytes, not {size:,}: {self._difference(wrong)}"
+            )
+        states: UserStates = np.frombuffer(data, self.dtype)
+        headers = np.frombuffer(data, np.uint8).reshape(len(rows), size)[:, :HEADER_BYTES]
+        fits = (headers == np.frombuffer(self.header, np.uint8)).all(axis=1)
+        if not fits.all():
+            raise UserStateError(self._difference(headers[int(np.argmin(fits))].tobytes()))
+        return states
+
+    def _difference(self, row: bytes) -> str:
+        if len(row) < HEADER_BYTES:
+            return "these bytes are no user state at all"
+        found = np.frombuffer(row[:HEADER_BYTES], np.dtype(self.dtype.descr[:6]))[0]
+        ours = np.frombuffer(self.header, np.dtype(self.dtype.descr[:6]))[0]
+        names = ("format_version", "blocks", "hidden_bytes", "channels", "recent_capacity")
+        pairs = [f"{name} {found[name]} (here {ours[name]})" for name in names if found[name] != ours[name]]
+        if found["model"] != ours["model"]:
+            pairs.append(f"model {bytes(found['model']).hex()} (here {self.model})")
+        return (
+            f"a stored user state was written with {', '.join(pairs) or 'another layout'}; "
+            "go on with the bundle and the settings that wrote it, or begin with new states"
+        )
