@@ -1,0 +1,62 @@
+"""The real broker that the tests of stream_app share, and topics of their own for each."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+from stream_app.dev.broker import LocalBroker
+
+CreateTopic = Callable[..., Awaitable[str]]
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalBroker]:
+    """One Kafka for the whole test run, on a free port. Its data are thrown away, so it is killed at the end."""
+    local = LocalBroker(tmp_path_factory.mktemp("broker") / "data", port=0)
+    local.start()
+    try:
+        yield local
+    finally:
+        local.kill()
+
+
+@pytest.fixture(scope="session")
+def bootstrap(broker: LocalBroker) -> str:
+    return broker.bootstrap
+
+
+@pytest.fixture
+def unique_name() -> Callable[[str], str]:
+    """A name that no other test uses: `unique_name("clicks")` is `clicks-3f2a9c1b`."""
+    return lambda stem: f"{stem}-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+async def admin(bootstrap: str) -> AsyncIterator[AIOKafkaAdminClient]:
+    client = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+@pytest.fixture
+def create_topic(admin: AIOKafkaAdminClient, unique_name: Callable[[str], str]) -> CreateTopic:
+    """`await create_topic("clicks", partitions=8)` creates a topic of a unique name and returns the name."""
+
+    async def create(stem: str = "topic", partitions: int = 1, **configs: str) -> str:
+        """Configs by their Kafka names with underscores for dots: `cleanup_policy="compact"`."""
+        name = unique_name(stem)
+        topic_configs = {key.replace("_", "."): value for key, value in configs.items()}
+        topic = NewTopic(name, num_partitions=partitions, replication_factor=1, topic_configs=topic_configs)
+        response = await admin.create_topics([topic])
+        errors = [error for error in response.topic_errors if error[1] != 0]
+        assert not errors, errors
+        return name
+
+    return create
