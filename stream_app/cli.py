@@ -92,11 +92,13 @@ def _settings_options(*names: str) -> Callable[[Callable[..., None]], Callable[.
 
 def _setting_option(setting: Field[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     default = "none" if setting.default is None else str(setting.default)
+    if isinstance(setting.default, bool):
+        default = default.lower()
     return click.option(
         f"--{setting.name.replace('_', '-')}",
         setting.name,
         metavar="TEXT",
-        help=f"{setting.metadata['help']}.  [{variable(setting)}; default: {default.lower() if isinstance(setting.default, bool) else default}]",
+        help=f"{setting.metadata['help']}.  [{variable(setting)}; default: {default}]",
     )
 
 
@@ -160,6 +162,50 @@ def topics(settings: Settings) -> None:
             f"{'created' if topic.created else 'as wanted'}: {topic.name},"
             f" {topic.partitions} partitions, cleanup.policy={topic.policy}"
         )
+
+
+@main.command(epilog="stream-app replay clicks.csv.gz --rate 200 --limit 10000")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Clicks per second.  [default: no limit]")
+@click.option("--limit", type=click.IntRange(1), help="Stop after so many clicks.  [default: all]")
+@_settings_options("broker", "clicks_topic", *_CONNECTION)
+def replay(file: Path, rate: float | None, limit: int | None, settings: Settings) -> None:
+    """Produce the clicks of a log, in chronological order, as click events.
+
+    FILE is CSV, Parquet or JSON Lines with the columns user_id, item_id, and timestamp_ms, timestamp (seconds) or
+    position. An event carries the log's timestamp; where the log has only positions, the time of the replay, and about
+    50 users at a time take turns. The rate is kept whether or not anybody keeps up.
+    """
+    from stream_app.dev.click_log import read_clicks  # noqa: PLC0415
+    from stream_app.dev.replay import replay as replay_clicks  # noqa: PLC0415
+
+    _silence_clients()
+    clicks = read_clicks(file)[:limit]
+    done = asyncio.run(
+        replay_clicks(
+            settings,
+            clicks,
+            rate=rate,
+            report=lambda at: _tell(f"{at.acknowledged:,} of {len(clicks):,} clicks, {at.per_second:,.0f}/s"),
+        )
+    )
+    users = len({each.user_id for each in clicks})
+    click.echo(
+        f"replayed {done.acknowledged:,} clicks of {users:,} users to {settings.clicks_topic}"
+        f" in {done.seconds:.1f} s ({done.per_second:,.0f}/s)"
+    )
+
+
+@main.command(epilog="stream-app worker --model BUNDLE --broker kafka.example:9092")
+@_settings_options()
+def worker(settings: Settings) -> None:
+    """Run the worker: clicks in, recommendations out, until SIGTERM or Ctrl-C.
+
+    Every option is also an environment variable, named in brackets. The topics must be there: stream-app topics.
+    """
+    from stream_app.app import run_worker  # noqa: PLC0415
+
+    run_worker(settings)
 
 
 def _silence_clients() -> None:

@@ -161,10 +161,25 @@ async def verify_topics(settings: Settings) -> None:
         found = await _find(admin, wanted)
     missing = [topic.name for topic in wanted if topic.name not in found]
     if missing:
-        raise TopicsError(
-            f"missing on {settings.broker}: topic {', topic '.join(missing)}; create with: stream-app topics"
-        )
+        raise _missing(settings, missing)
     _refuse_mismatches(wanted, found, settings)
+
+
+async def require_topic(settings: Settings, name: str) -> None:
+    """Refuse a topic that is not there, before a client waits for it or Kafka creates it unasked.
+
+    Raises:
+        BrokerUnavailable: no answer within `broker_timeout_seconds`.
+        TopicsError: there is no such topic.
+    """
+    async with _admin(settings) as admin:
+        there = await admin.list_topics()
+    if name not in there:
+        raise _missing(settings, [name])
+
+
+def _missing(settings: Settings, names: Sequence[str]) -> TopicsError:
+    return TopicsError(f"missing on {settings.broker}: topic {', topic '.join(names)}; create with: stream-app topics")
 
 
 def _refuse_mismatches(wanted: Sequence[WantedTopic], found: Mapping[str, FoundTopic], settings: Settings) -> None:
