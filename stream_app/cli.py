@@ -203,7 +203,7 @@ def worker(settings: Settings) -> None:
 
     Every option is also an environment variable, named in brackets. The topics must be there: stream-app topics.
     """
-    from stream_app.app import run_worker  # noqa: PLC0415
+    from stream_app.worker import run_worker  # noqa: PLC0415
 
     run_worker(settings)
 

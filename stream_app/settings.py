@@ -7,7 +7,7 @@ import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stream_app.errors import SettingsError
 
@@ -112,7 +112,7 @@ class Settings:
     recent_items: int = _setting(
         100, _integer(1, 10_000), "how many of a user's latest items the state remembers, to leave them out"
     )
-    publish: str = _setting(
+    publish: Literal["each", "latest"] = _setting(
         "each",
         _choice("each", "latest"),
         "a recommendation for each click, or only for a user's latest in a micro-batch",
@@ -120,13 +120,15 @@ class Settings:
     max_batch: int = _setting(2_048, _integer(1, 65_536), "clicks in a micro-batch, at most")
     max_wait_ms: int = _setting(0, _integer(0, 10_000), "milliseconds to wait for a micro-batch to fill")
     max_click_bytes: int = _setting(65_536, _integer(64, 16_777_216), "a longer click goes to the dead letters")
-    device: str = _setting("auto", _choice("auto", "cpu", "cuda"), "where the model runs")
+    device: Literal["auto", "cpu", "cuda"] = _setting("auto", _choice("auto", "cpu", "cuda"), "where the model runs")
     state_dir: Path = _setting(
         Path("stream-app-state"),
         _PATH,
         "folder of the RocksDB cache of user states; it may be lost at any time",
     )
-    state_dtype: str = _setting("float16", _choice("float16", "float32"), "precision of the stored hidden state")
+    state_dtype: Literal["float16", "float32"] = _setting(
+        "float16", _choice("float16", "float32"), "precision of the stored hidden state"
+    )
     state_cache_mb: int = _setting(256, _integer(8, 1_048_576), "MiB of RocksDB block cache, shared by all partitions")
     session_timeout_seconds: float = _setting(
         30.0, _seconds(1, 1_800), "the group declares a silent worker dead after this long"
@@ -135,7 +137,9 @@ class Settings:
     broker_timeout_seconds: float = _setting(30.0, _seconds(1, 600), "how long a request to Kafka may take")
     web_host: str = _setting("127.0.0.1", _TEXT, "address that the health and metrics port binds to")
     web_port: int = _setting(6066, _integer(0, 65_535), "port for /live, /ready and /metrics; 0 turns it off")
-    log_format: str = _setting("json", _choice("json", "console"), "one JSON object a line, or text for people")
+    log_format: Literal["json", "console"] = _setting(
+        "json", _choice("json", "console"), "one JSON object a line, or text for people"
+    )
     log_level: str = _setting(
         "info", _choice("debug", "info", "warning", "error"), "the least serious line that is logged"
     )

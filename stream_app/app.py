@@ -1,0 +1,151 @@
+"""The composition root: every part of the worker is made here and handed to the next. See docs/architecture.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import faust
+from mode.supervisors import CrashingSupervisor
+from yarl import URL
+
+from lrurec.bundle import Bundle, load_bundle
+from lrurec.serving import build_engine, state_layout
+from stream_app.errors import SettingsError
+from stream_app.health import HealthServer
+from stream_app.messages import RecommendationEncoder
+from stream_app.metrics import Metrics
+from stream_app.micro_batch import MicroBatcher
+from stream_app.pipeline import Pipeline, Topics
+from stream_app.publisher import Publisher
+from stream_app.record_batches import RecordBatchSchema, RecordBatchTransport
+from stream_app.settings import Settings
+from stream_app.state_table import user_state_table
+
+#: Events that may wait in Faust's queue. The transport's own limit is far below, so that Faust never finds it full: it
+#: would stop polling for a second.
+_QUEUE = 65_536
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The assembled worker, not yet started; `worker.run` starts and stops it."""
+
+    app: faust.App
+    bundle: Bundle
+    publisher: Publisher
+    pipeline: Pipeline
+    health: HealthServer
+    metrics: Metrics
+
+
+def build_parts(settings: Settings) -> Parts:
+    """Read the bundle and assemble the worker. Needs a running event loop.
+
+    Raises:
+        SettingsError: no bundle is named, or it can't be used with these settings.
+        lrurec.errors.LRURecError: the bundle is unreadable, or the device isn't there.
+    """
+    if settings.model is None:
+        raise SettingsError(
+            "STREAM_APP_MODEL is not set: name a bundle, a folder written by `lrurec train` or `lrurec convert`"
+        )
+    bundle = load_bundle(settings.model)
+    layout = state_layout(bundle, settings.state_dtype, settings.recent_items)
+    engine = build_engine(
+        bundle,
+        layout,
+        top_k=settings.top_k,
+        exclude_seen=settings.exclude_seen,
+        device=settings.device,
+        max_batch=settings.max_batch,
+    )
+    ids = ["", *bundle.catalogue.item_ids]
+    batcher = MicroBatcher(
+        engine,
+        item_rows={item_id: row for row, item_id in enumerate(ids) if row},
+        encoder=RecommendationEncoder(ids, bundle.version),
+        max_click_bytes=settings.max_click_bytes,
+        only_latest=settings.publish == "latest",
+    )
+    app = build_app(settings)
+    table = user_state_table(app, layout, settings.state_cache_mb << 20)
+    publisher = Publisher(settings.kafka_client())
+    metrics = Metrics()
+    pipeline = Pipeline(
+        batcher,
+        table.store,
+        publisher,
+        Topics(settings.recommendations_topic, settings.dead_letter_topic, settings.changelog_topic),
+        metrics,
+        max_batch=settings.max_batch,
+        max_wait_seconds=settings.max_wait_ms / 1000,
+        timeout_seconds=settings.broker_timeout_seconds + 5,
+    )
+    add_agent(app, settings, pipeline)
+    health = HealthServer(metrics, lambda: is_ready(app), lambda: refresh_lag(app, settings.clicks_topic, metrics))
+    return Parts(app, bundle, publisher, pipeline, health, metrics)
+
+
+def build_app(settings: Settings) -> faust.App:
+    """The Faust app: consumer group, rebalancing, table recovery and commits; batches for messages."""
+    servers = [URL(f"kafka://{server}") for server in settings.broker.split(",")]
+    folder = settings.state_dir.absolute() / settings.app_id
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    app = faust.App(
+        settings.app_id,
+        broker=servers,
+        broker_credentials=_credentials(settings),
+        broker_session_timeout=settings.session_timeout_seconds,
+        broker_heartbeat_interval=settings.session_timeout_seconds / 10,
+        # Faust wants every request to be allowed more time than a session.
+        broker_request_timeout=max(settings.broker_timeout_seconds, settings.session_timeout_seconds + 1),
+        broker_commit_interval=1.0,
+        broker_max_poll_records=settings.max_batch,
+        datadir=str(folder),
+        topic_partitions=settings.partitions,
+        topic_allow_declare=False,  # `stream-app topics` creates them; the worker's start verifies them
+        topic_disable_leader=True,
+        stream_recovery_delay=0.0,
+        web_enabled=False,  # health.py answers; Faust's own health is always OK
+        producer_acks=-1,
+    )
+    app.transport = RecordBatchTransport(app.conf.broker_consumer, app)
+    return app
+
+
+def add_agent(app: faust.App, settings: Settings, pipeline: Pipeline) -> None:
+    """The agent: hands each batch to the pipeline, which acknowledges it."""
+    topic = app.topic(settings.clicks_topic, schema=RecordBatchSchema(), partitions=settings.partitions, maxsize=_QUEUE)
+
+    @app.agent(topic, name="recommend", supervisor_strategy=CrashingSupervisor)
+    async def recommend(batches: Any) -> None:
+        async for event in batches.noack().events():
+            pipeline.put(event)
+
+
+def is_ready(app: faust.App) -> bool:
+    """Whether states are restored and clicks flow."""
+    return bool(app.tables.actives_ready and not app.rebalancing)
+
+
+def refresh_lag(app: faust.App, clicks_topic: str, metrics: Metrics) -> None:
+    """Set the lag of each assigned partition: clicks in the log that no commit has passed."""
+    metrics.ready.set(is_ready(app))
+    metrics.lag.clear()
+    ends, committed = app.monitor.tp_end_offsets, app.monitor.tp_committed_offsets
+    for tp in app.consumer.assignment() if is_ready(app) else ():
+        if tp.topic == clicks_topic:
+            metrics.lag.labels(tp.partition).set(max(0, ends.get(tp, 0) - committed.get(tp, 0)))
+
+
+def _credentials(settings: Settings) -> faust.types.auth.CredentialsT | None:
+    context = settings.ssl_context()
+    if settings.security_protocol.startswith("SASL"):
+        return faust.SASLCredentials(
+            username=settings.sasl_username,
+            password=settings.sasl_password,
+            mechanism=settings.sasl_mechanism,
+            ssl_context=context,
+        )
+    return None if context is None else faust.SSLCredentials(context=context)

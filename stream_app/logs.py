@@ -1,0 +1,44 @@
+"""Logging: one JSON object a line on stderr, or text for people; Faust's and aiokafka's lines go the same way."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+
+from stream_app.settings import Settings
+
+#: Libraries that say at level info what only their authors want to know.
+_CHATTY = ("aiokafka", "faust", "mode", "aiohttp")
+
+
+def configure_logging(settings: Settings) -> None:
+    """Route structlog and the standard library's loggers to stderr in the chosen format."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=_renderers(settings.log_format))
+    )
+    level = settings.log_level.upper()
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level)))
+
+
+def _renderers(log_format: str) -> list[structlog.typing.Processor]:
+    start = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    if log_format == "console":
+        return [start, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+    return [start, structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]

@@ -1,0 +1,206 @@
+"""Bytes of the topics ↔ columns: clicks in, recommendations and dead letters out; the contract is in `schemas/`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import orjson
+from jaxtyping import Float32, Int32
+
+Header = tuple[str, bytes]
+
+
+class Record(Protocol):
+    """What is needed of a consumed Kafka record."""
+
+    @property
+    def topic(self) -> str: ...
+    @property
+    def partition(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def key(self) -> bytes | None: ...
+    @property
+    def value(self) -> bytes | None: ...
+    @property
+    def headers(self) -> Sequence[Header]: ...
+
+
+class NotAClick(Exception):
+    """The record breaks the contract of a click; the text says how."""
+
+
+class DeadLetter(NamedTuple):
+    """A record that is no click: its bytes untouched, its headers followed by the reason."""
+
+    key: bytes | None
+    value: bytes | None
+    headers: list[Header]
+
+
+@dataclass(slots=True)
+class ClickColumns:
+    """One partition's records, decoded: the clicks on known items in log order, one list a field, and what is no click.
+
+    `item` holds item rows, 1..N. `unknown_items` counts the clicks on items that the model doesn't know: no poison, but
+    nothing to advance a state with.
+    """
+
+    user: list[bytes] = field(default_factory=list)
+    item: list[int] = field(default_factory=list)
+    offset: list[int] = field(default_factory=list)
+    timestamp_ms: list[int] = field(default_factory=list)
+    event_id: list[str | None] = field(default_factory=list)
+    dead_letters: list[DeadLetter] = field(default_factory=list)
+    unknown_items: int = 0
+
+
+def decode_clicks(records: Iterable[Record], item_rows: Mapping[str, int], max_bytes: int) -> ClickColumns:
+    """Columns of one partition's records; never raises for what a record holds.
+
+    Args:
+        records: in log order.
+        item_rows: item id → item row, 1..N.
+        max_bytes: a longer value is no click.
+
+    """
+    columns = ClickColumns()
+    for record in records:
+        try:
+            key, item_id, timestamp_ms, event_id = _parse(record.key, record.value, max_bytes)
+        except NotAClick as reason:
+            columns.dead_letters.append(_dead_letter(record, str(reason)))
+            continue
+        row = item_rows.get(item_id)
+        if row is None:
+            columns.unknown_items += 1
+            continue
+        columns.user.append(key)
+        columns.item.append(row)
+        columns.offset.append(record.offset)
+        columns.timestamp_ms.append(timestamp_ms)
+        columns.event_id.append(event_id)
+    return columns
+
+
+def _parse(key: bytes | None, value: bytes | None, max_bytes: int) -> tuple[bytes, str, int, str | None]:
+    if value is None:
+        raise NotAClick("the value is null; a click is a JSON object")
+    if len(value) > max_bytes:
+        raise NotAClick(f"the value has {len(value):,} bytes; at most {max_bytes:,} are taken")
+    try:
+        click = orjson.loads(value)
+    except orjson.JSONDecodeError as error:
+        raise NotAClick(f"the value is not JSON in UTF-8: {error}") from None
+    if type(click) is not dict:
+        raise NotAClick(f"the value is a JSON {_json_type(click)}; a click is an object")
+    user_id, item_id, timestamp_ms = click.get("user_id"), click.get("item_id"), click.get("timestamp_ms")
+    if type(user_id) is not str or type(item_id) is not str:
+        name = "item_id" if type(user_id) is str else "user_id"
+        raise NotAClick(_wrong_type(click, name, "a string"))
+    if type(timestamp_ms) is not int:
+        raise NotAClick(_wrong_type(click, "timestamp_ms", "an integer"))
+    if not -(2**63) <= timestamp_ms < 2**63:
+        raise NotAClick(f"timestamp_ms is {timestamp_ms}; it must fit 64 bits with a sign")
+    event_id = click.get("event_id")
+    if type(event_id) is not str and "event_id" in click:
+        raise NotAClick(_wrong_type(click, "event_id", "a string or left out"))
+    if key is None:
+        raise NotAClick("the key is null; it must be the user_id, so that a user's clicks keep their order")
+    if not user_id:
+        raise NotAClick("user_id is empty")
+    if key != user_id.encode():
+        raise NotAClick(f"the key {key[:64]!r} is not the user_id {user_id[:64]!r} in UTF-8")
+    return key, item_id, timestamp_ms, event_id
+
+
+def _wrong_type(click: Mapping[str, object], name: str, wanted: str) -> str:
+    if name not in click:
+        return f"{name} is missing; it must be {wanted}"
+    return f"{name} is a JSON {_json_type(click[name])}; it must be {wanted}"
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def _dead_letter(record: Record, reason: str) -> DeadLetter:
+    # The headers' names are those of Kafka Streams' dead letters (KIP-1034).
+    origin = {
+        "exception": NotAClick.__qualname__,
+        "message": reason,
+        "topic": record.topic,
+        "partition": record.partition,
+        "offset": record.offset,
+    }
+    headers = [
+        (f"__streams.errors.{name}", str(text).encode(errors="backslashreplace")) for name, text in origin.items()
+    ]
+    return DeadLetter(record.key, record.value, [*record.headers, *headers, ("disposition", b"not-a-click")])
+
+
+class Source(NamedTuple):
+    """The click that a recommendation answers; topic, partition and offset identify the recommendation."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp_ms: int
+    event_id: str | None
+
+
+@dataclass(frozen=True)
+class RecommendationEncoder:
+    """Rankings → the bytes of recommendations.
+
+    Args:
+        item_ids: the id of each item row; position 0 is not used.
+        model_version: version of the bundle.
+
+    """
+
+    item_ids: Sequence[str]
+    model_version: str
+
+    def encode(
+        self,
+        user_id: str,
+        items: list[int],
+        scores: list[float],
+        clicks: int,
+        source: Source,
+        generated_at_ms: int,
+    ) -> bytes:
+        """One recommendation; item row 0 ends the list early."""
+        ids = self.item_ids
+        origin: dict[str, object] = {"topic": source.topic, "partition": source.partition, "offset": source.offset}
+        if source.event_id is not None:
+            origin["event_id"] = source.event_id
+        origin["timestamp_ms"] = source.timestamp_ms
+        return orjson.dumps(
+            {
+                "user_id": user_id,
+                "items": [
+                    {"item_id": ids[row], "score": score} for row, score in zip(items, scores, strict=True) if row
+                ],
+                "model_version": self.model_version,
+                "clicks": clicks,
+                "source": origin,
+                "generated_at_ms": generated_at_ms,
+            }
+        )
+
+
+def printed_scores(scores: Float32[np.ndarray, "m k"]) -> list[list[float]]:
+    """Scores with five decimals, the precision that a float16 state leaves; they print short."""
+    return np.round(scores.astype(np.float64), 5).tolist()  # type: ignore[no-any-return]
+
+
+def printed_rows(items: Int32[np.ndarray, "m k"]) -> list[list[int]]:
+    """Item rows as Python integers, list by list."""
+    return items.tolist()  # type: ignore[no-any-return]

@@ -1,0 +1,232 @@
+"""From batches of clicks to acknowledged batches of clicks: the durable order, several micro-batches deep.
+
+    events ─► gather ─► compute ─► send outputs ─► send changelog ─► write RocksDB ─► acknowledge the events
+              (what has   (thread)  await acks      await acks        (thread)
+               arrived)
+
+Micro-batches leave every stage in the order in which they entered it. A user's state is in the changelog only when his
+recommendations up to that click are acknowledged, in RocksDB only when it is in the changelog, and the clicks are
+acknowledged last. A kill between any two steps therefore repeats work on restart, and the offset in each state tells
+what was applied: nothing is lost, no click is applied twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+from faust.types import EventT
+
+from stream_app.metrics import Metrics
+from stream_app.micro_batch import KeyValue, MicroBatcher, Outbox
+from stream_app.publisher import Batch, Publisher, acknowledged
+from stream_app.record_batches import records_of
+from stream_app.state_table import UserStateStore
+
+log = structlog.get_logger(__name__)
+
+#: Micro-batches waiting before each stage. Two hide Kafka's round trip; more only adds latency and memory.
+DEPTH = 2
+
+
+@dataclass(frozen=True)
+class Topics:
+    """Where a pipeline writes."""
+
+    recommendations: str
+    dead_letters: str
+    changelog: str
+
+
+@dataclass(slots=True)
+class _MicroBatch:
+    """One micro-batch on its way through the stages."""
+
+    number: int
+    events: list[EventT[Any]]
+    clicks: int
+    started: float
+    outbox: Outbox = field(default_factory=Outbox)
+    recommendations: list[Batch] = field(default_factory=list)
+    changelog: dict[int, list[Batch]] = field(default_factory=dict)
+    in_flight: list[asyncio.Future[Any]] = field(default_factory=list)
+    changelog_in_flight: dict[int, list[asyncio.Future[Any]]] = field(default_factory=dict)
+
+
+class Pipeline:
+    """Runs the stages until cancelled. `put` takes events; each is acknowledged when all that it led to is durable.
+
+    Args:
+        batcher: the pure computation.
+        store: the table's store.
+        publisher: connected producer.
+        topics: where to write.
+        metrics: what is counted.
+        max_batch: clicks in a micro-batch; one event with more makes a larger one.
+        max_wait_seconds: how long to wait for a micro-batch to fill.
+        timeout_seconds: deadline for Kafka's acknowledgements.
+
+    """
+
+    def __init__(
+        self,
+        batcher: MicroBatcher,
+        store: UserStateStore,
+        publisher: Publisher,
+        topics: Topics,
+        metrics: Metrics,
+        *,
+        max_batch: int,
+        max_wait_seconds: float,
+        timeout_seconds: float,
+    ) -> None:
+        self._batcher = batcher
+        self._publisher = publisher
+        self._topics = topics
+        self._metrics = metrics
+        self._max_batch = max_batch
+        self._max_wait_seconds = max_wait_seconds
+        self._timeout_seconds = timeout_seconds
+        self._store = store
+        self._unpersisted = _UnpersistedStates(store)
+        self._arrived: asyncio.Queue[EventT[Any]] = asyncio.Queue()  # bounded by the transport's max_unacknowledged
+        self._computed: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
+        self._sent: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
+        self._logged: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
+        self._compute_thread = ThreadPoolExecutor(1, "compute")
+        self._disk_thread = ThreadPoolExecutor(1, "disk")
+        self._number = 0
+
+    def put(self, event: EventT[Any]) -> None:
+        """Take one partition's batch of records; batches of a partition come in log order."""
+        self._arrived.put_nowait(event)
+
+    async def run(self) -> None:
+        """Run every stage; the first error ends them all and is raised.
+
+        Going on behind a batch that failed would acknowledge what is not durable.
+        """
+        try:
+            async with asyncio.TaskGroup() as stages:
+                for stage in (self._compute, self._send_outputs, self._send_changelog, self._persist):
+                    stages.create_task(_for_ever(stage), name=stage.__name__.lstrip("_"))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            self._compute_thread.shutdown(wait=True, cancel_futures=True)
+            self._disk_thread.shutdown(wait=True, cancel_futures=True)
+
+    async def _compute(self) -> None:
+        events = await self._gather()
+        self._number += 1
+        batch = _MicroBatch(self._number, events, sum(len(records_of(event)) for event in events), time.monotonic())
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._compute_thread, self._fill, batch)
+        await self._computed.put(batch)
+
+    async def _gather(self) -> list[EventT[Any]]:
+        """What has arrived on all partitions while the last micro-batch was computed, at least one event."""
+        events = [await self._arrived.get()]
+        clicks = len(records_of(events[0]))
+        deadline = time.monotonic() + self._max_wait_seconds
+        while clicks < self._max_batch:
+            if self._arrived.empty():
+                try:
+                    async with asyncio.timeout(deadline - time.monotonic()):
+                        event = await self._arrived.get()
+                except TimeoutError:
+                    break
+            else:
+                event = self._arrived.get_nowait()
+            events.append(event)
+            clicks += len(records_of(event))
+        return events
+
+    def _fill(self, batch: _MicroBatch) -> None:
+        now_ms = time.time_ns() // 1_000_000
+        self._unpersisted.forget_persisted()
+        records = [records_of(event) for event in batch.events]
+        batch.outbox = outbox = self._batcher.advance(records, self._unpersisted.load, now_ms)
+        self._unpersisted.remember(batch.number, outbox.states)
+        batch.recommendations = self._publisher.pack(self._topics.recommendations, outbox.recommendations, now_ms)
+        for partition, rows in outbox.states.items():
+            batch.changelog[partition] = self._publisher.pack_for(partition, rows, now_ms)
+
+    async def _send_outputs(self) -> None:
+        batch = await self._computed.get()
+        dead_letters = batch.outbox.dead_letters
+        batch.in_flight = await self._publisher.send(self._topics.recommendations, batch.recommendations)
+        batch.in_flight += await self._publisher.send_dead_letters(self._topics.dead_letters, dead_letters)
+        await self._sent.put(batch)
+
+    async def _send_changelog(self) -> None:
+        batch = await self._sent.get()
+        await acknowledged(batch.in_flight, "recommendations or dead letters", self._timeout_seconds)
+        for partition, records in batch.changelog.items():
+            sent = await self._publisher.send(self._topics.changelog, records)
+            batch.changelog_in_flight[partition] = sent
+        await self._logged.put(batch)
+
+    async def _persist(self) -> None:
+        batch = await self._logged.get()
+        offsets = {}
+        for partition, futures in batch.changelog_in_flight.items():
+            answers = await acknowledged(futures, "the changelog of user states", self._timeout_seconds)
+            offsets[partition] = answers[-1].offset + batch.changelog[partition][-1].records.record_count() - 1
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._disk_thread, self._write, batch.outbox.states, offsets)
+        self._unpersisted.persisted = batch.number
+        for event in batch.events:
+            event.ack()
+        self._metrics.count(batch.outbox, time.monotonic() - batch.started)
+
+    def _write(self, states: dict[int, list[KeyValue]], changelog_offsets: dict[int, int]) -> None:
+        for partition, rows in states.items():
+            self._store.persist(partition, rows, changelog_offsets[partition])
+
+
+class _UnpersistedStates:
+    """States computed and not yet in RocksDB, ahead of it when states are loaded. Used by the compute thread alone,
+    but for `persisted`, which the last stage advances.
+    """
+
+    def __init__(self, store: UserStateStore) -> None:
+        self.persisted = 0
+        self._store = store
+        self._newest: dict[tuple[int, bytes], tuple[int, bytes]] = {}
+        self._batches: deque[tuple[int, list[tuple[int, bytes]]]] = deque()
+
+    def load(self, partition: int, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The newest state of each user."""
+        pending = [self._newest.get((partition, key)) for key in keys]
+        missing = [key for key, found in zip(keys, pending, strict=True) if found is None]
+        stored = iter(self._store.load(partition, missing) if missing else ())
+        return [next(stored) if found is None else found[1] for found in pending]
+
+    def remember(self, number: int, states: dict[int, list[KeyValue]]) -> None:
+        """Keep a micro-batch's states until it is persisted."""
+        keys = []
+        for partition, rows in states.items():
+            for key, state in rows:
+                self._newest[partition, key] = (number, state)
+                keys.append((partition, key))
+        self._batches.append((number, keys))
+
+    def forget_persisted(self) -> None:
+        """Drop the states that RocksDB has, unless a later micro-batch has renewed them."""
+        while self._batches and self._batches[0][0] <= self.persisted:
+            number, keys = self._batches.popleft()
+            for key in keys:
+                if self._newest[key][0] == number:
+                    del self._newest[key]
+
+
+async def _for_ever(stage: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        await stage()

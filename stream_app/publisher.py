@@ -1,0 +1,116 @@
+"""Records → Kafka, by the batch: the producer that writes recommendations, dead letters and the changelog."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
+from aiokafka.producer.message_accumulator import BatchBuilder
+
+from stream_app.errors import WorkerError
+from stream_app.messages import DeadLetter
+from stream_app.micro_batch import KeyValue
+from stream_app.partitioner import partitions_of
+
+#: Bytes of one record batch. Kafka's own limit, message.max.bytes, is 1,048,588 by default, with the batch's header.
+BATCH_BYTES = 1_000_000
+
+
+class Batch(NamedTuple):
+    """Records on their way to one partition."""
+
+    partition: int
+    records: BatchBuilder
+
+
+class Publisher:
+    """An idempotent producer with acks=all: what is acknowledged is on every in-sync replica, once, in order.
+
+    `connection` is `Settings.kafka_client()`.
+    """
+
+    def __init__(self, connection: Mapping[str, Any]) -> None:
+        self._producer = AIOKafkaProducer(
+            **connection,
+            acks="all",
+            enable_idempotence=True,
+            max_batch_size=BATCH_BYTES,
+            max_request_size=64 * BATCH_BYTES,
+        )
+        self._partitions: dict[str, int] = {}
+        self._timeout_seconds = connection["request_timeout_ms"] / 1000
+
+    async def start(self, topics: Iterable[str]) -> None:
+        """Connect, and learn how many partitions the topics have.
+
+        All topics are named at once: a producer that knew a topic from bootstrap alone would forget it later, and fail.
+        """
+        async with asyncio.timeout(self._timeout_seconds):
+            await self._producer.start()
+            topics = list(topics)
+            await self._producer.client.set_topics(topics)
+            for topic in topics:
+                self._partitions[topic] = len(await self._producer.partitions_for(topic))
+
+    async def stop(self) -> None:
+        """Disconnect; what is not acknowledged by then may be lost."""
+        await self._producer.stop()
+
+    def pack(self, topic: str, records: Sequence[KeyValue], timestamp_ms: int) -> list[Batch]:
+        """Records with their keys' partitions, batch by batch in order; can be called from another thread."""
+        by_partition: dict[int, list[KeyValue]] = {}
+        keys = [record.key for record in records]
+        for partition, record in zip(partitions_of(keys, self._partitions[topic]).tolist(), records, strict=True):
+            by_partition.setdefault(partition, []).append(record)
+        return [
+            batch for partition, rows in by_partition.items() for batch in self.pack_for(partition, rows, timestamp_ms)
+        ]
+
+    def pack_for(self, partition: int, records: Iterable[KeyValue], timestamp_ms: int) -> list[Batch]:
+        """The same for one given partition."""
+        batches = [Batch(partition, self._producer.create_batch())]
+        for key, value in records:
+            # A full batch takes no more, and says so only by what it returns; an empty one takes a record of any size.
+            if batches[-1].records.append(key=key, value=value, timestamp=timestamp_ms) is None:
+                batches.append(Batch(partition, self._producer.create_batch()))
+                batches[-1].records.append(key=key, value=value, timestamp=timestamp_ms)
+        return batches
+
+    async def send(self, topic: str, batches: Iterable[Batch]) -> list[asyncio.Future[Any]]:
+        """Hand batches over, in order for each partition; the futures resolve when Kafka has acknowledged them."""
+        return [await self._producer.send_batch(b.records, topic, partition=b.partition) for b in batches]
+
+    async def send_dead_letters(self, topic: str, letters: Sequence[DeadLetter]) -> list[asyncio.Future[Any]]:
+        """Hand dead letters over; the futures resolve when Kafka has acknowledged them."""
+        return [asyncio.ensure_future(self._send_dead_letter(topic, letter)) for letter in letters]
+
+    async def _send_dead_letter(self, topic: str, letter: DeadLetter) -> None:
+        try:
+            await self._send_record(topic, letter.value, letter)
+        except MessageSizeTooLargeError:
+            # It fitted its own topic, but not this one with the reason added: keep the stream going and say so.
+            note = ("__streams.errors.value-left-out", str(len(letter.value or b"")).encode())
+            await self._send_record(topic, None, letter._replace(headers=[*letter.headers, note]))
+
+    async def _send_record(self, topic: str, value: bytes | None, letter: DeadLetter) -> None:
+        # Kafka takes no record without key and value; an absent key and a null value together become an empty value.
+        value = b"" if value is None and letter.key is None else value
+        await self._producer.send_and_wait(topic, key=letter.key, value=value, headers=letter.headers)
+
+
+async def acknowledged(futures: Sequence[asyncio.Future[Any]], what: str, timeout_seconds: float) -> list[Any]:
+    """The broker's answers.
+
+    Raises:
+        WorkerError: one was refused, or none came in time; what was sent may or may not be in the log.
+    """
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            return list(await asyncio.gather(*futures))
+    except TimeoutError:
+        raise WorkerError(f"Kafka did not acknowledge {what} within {timeout_seconds:g} seconds") from None
+    except KafkaError as error:
+        raise WorkerError(f"Kafka refused {what}: {error!r}") from None

@@ -1,0 +1,308 @@
+"""The Faust table of user states: the changelog topic is the truth, RocksDB on the local disk is its cache.
+
+One database a partition, opened when the partition is assigned and closed when it is revoked; a partition that isn't
+assigned can't be read or written. A state and the changelog offset that it came from are written in one batch, so a
+database always equals some prefix of its changelog, whatever was killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import faust
+import rocksdict
+from faust.stores.base import SerializedStore
+from faust.tables.table import Table
+from faust.types import TP, AppT, CollectionT, EventT
+
+from lrurec.user_state import StateLayout, UserStateError
+from stream_app.errors import StateError
+from stream_app.record_batches import RecordBatchSchema, records_of
+
+logger = logging.getLogger(__name__)
+
+# User keys are UTF-8, in which the byte 0xff does not occur: these can't be anybody's.
+_CHANGELOG_OFFSET = b"\xff\xffchangelog-offset"
+_LAYOUT = b"\xff\xfflayout"
+
+_OFFSET = struct.Struct("<q")
+_SOURCE_OFFSET_AT = 16  # of the field source_offset in a state, see lrurec.user_state
+
+#: A key and the packed state to store under it.
+Row = tuple[bytes, bytes]
+
+
+class UserStateStore(SerializedStore):
+    """RocksDB behind Faust's store contract, plus `load` and `persist`, which the pipeline uses from its threads.
+
+    Args:
+        url: Faust's, unused.
+        app: the Faust app; `conf.tabledir` says where the databases lie.
+        table: the table that this is the store of.
+        layout: every stored state has this layout; a local database with another one is set aside and rebuilt.
+        cache_bytes: block cache, shared by all partitions.
+
+    """
+
+    def __init__(
+        self, url: str, app: AppT, table: CollectionT, *, layout: StateLayout, cache_bytes: int, **kwargs: Any
+    ) -> None:
+        super().__init__(url, app, table, **kwargs)
+        self.layout = layout
+        self._identity = layout.header + struct.pack("<q", layout.dtype.itemsize)
+        self._cache = rocksdict.Cache(cache_bytes)
+        self._databases: dict[int, rocksdict.Rdict] = {}
+
+    # -- what the pipeline uses
+
+    def load(self, partition: int, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The packed states under these keys, None for users without one. Blocks; releases the GIL.
+
+        Raises:
+            StateError: the partition is not assigned to this worker.
+        """
+        return cast("list[bytes | None]", self._database(partition)[list(keys)])
+
+    def persist(self, partition: int, rows: Iterable[Row], changelog_offset: int) -> None:
+        """Write states, and the changelog offset that holds the last of them, as one batch. Blocks.
+
+        Raises:
+            StateError: the partition is not assigned to this worker.
+        """
+        batch = rocksdict.WriteBatch(raw_mode=True)
+        for key, state in rows:
+            batch.put(key, state)
+        batch.put(_CHANGELOG_OFFSET, _OFFSET.pack(changelog_offset))
+        self._database(partition).write(batch)
+
+    # -- what Faust uses
+
+    def persisted_offset(self, tp: TP) -> int | None:
+        """Return the changelog offset up to which the local database is complete."""
+        packed = self._database(tp.partition).get(_CHANGELOG_OFFSET)
+        return None if packed is None else int(_OFFSET.unpack(packed)[0])
+
+    def set_persisted_offset(self, tp: TP, offset: int) -> None:
+        """Remember that the local database holds the changelog up to this offset."""
+        self.persist(tp.partition, (), offset)
+
+    def apply_changelog_batch(
+        self, batch: Iterable[EventT], to_key: Callable[[Any], Any], to_value: Callable[[Any], Any]
+    ) -> None:
+        """Restore states from batches of changelog records; see `restore_rows`.
+
+        Faust logs what is raised in here and goes on without those states, so the worker is ended instead.
+        """
+        try:
+            for event in batch:
+                records = records_of(event)
+                keys = list({record.key: None for record in records if record.key is not None})
+                stored = dict(zip(keys, self.load(event.message.partition, keys), strict=True))
+                rows = restore_rows(((r.key, r.value) for r in records), stored, self.layout)
+                self.persist(event.message.partition, rows, event.message.offset)
+        except (StateError, rocksdict.DbClosedError) as error:
+            self.loop.create_task(self.app.crash(error))
+            raise
+
+    async def on_rebalance(
+        self, assigned: set[TP], revoked: set[TP], newly_assigned: set[TP], generation_id: int = 0
+    ) -> None:
+        """Close the databases of partitions that left, open those that came."""
+        ours = {tp.partition for tp in assigned if tp.topic in self.table.changelog_topic.topics}
+        for partition in self._databases.keys() - ours:
+            self._databases.pop(partition).close()
+        for partition in ours - self._databases.keys():
+            self._databases[partition] = self._open(partition)
+
+    async def stop(self) -> None:
+        """Close every database."""
+        await super().stop()
+        while self._databases:
+            self._databases.popitem()[1].close()
+
+    # -- reading by hand, as a mapping
+
+    def _get(self, key: bytes) -> bytes | None:
+        found = (database.get(key) for database in self._databases.values())
+        return next((value for value in found if value is not None), None)
+
+    def _contains(self, key: bytes) -> bool:
+        return self._get(key) is not None
+
+    def _iteritems(self) -> Iterator[tuple[bytes, bytes]]:
+        for database in self._databases.values():
+            for key, value in cast("Iterable[tuple[bytes, bytes]]", database.items()):
+                if not key.startswith(b"\xff"):
+                    yield key, value
+
+    def _iterkeys(self) -> Iterator[bytes]:
+        return (key for key, _ in self._iteritems())
+
+    def _itervalues(self) -> Iterator[bytes]:
+        return (value for _, value in self._iteritems())
+
+    def _size(self) -> int:
+        return sum(1 for _ in self._iteritems())
+
+    def _set(self, key: bytes, value: bytes | None) -> None:
+        raise StateError("user states are written by the pipeline alone, after their changelog record is acknowledged")
+
+    def _del(self, key: bytes) -> None:
+        self._set(key, None)
+
+    def _clear(self) -> None:
+        self._set(b"", None)
+
+    async def backup_partition(self, tp: TP | int, flush: bool = True, purge: bool = False, keep: int = 1) -> None:
+        """Refuse: the changelog is the backup."""
+        raise StateError("the changelog topic is the backup of user states; there is no other")
+
+    def restore_backup(self, tp: TP | int, latest: bool = True, backup_id: int = 0) -> None:
+        """Refuse: the changelog is the backup."""
+        raise StateError("the changelog topic is the backup of user states; a worker restores it by itself")
+
+    def reset_state(self) -> None:
+        """Remove the local databases; the changelog rebuilds them."""
+        self._databases.clear()
+        shutil.rmtree(self._folder(), ignore_errors=True)
+
+    # -- databases
+
+    def _folder(self) -> Path:
+        return Path(self.app.conf.tabledir) / self.table_name
+
+    def _database(self, partition: int) -> rocksdict.Rdict:
+        try:
+            return self._databases[partition]
+        except KeyError:
+            raise StateError(f"partition {partition} of {self.table_name} is not assigned to this worker") from None
+
+    def _open(self, partition: int) -> rocksdict.Rdict:
+        path = self._folder() / str(partition)
+        try:
+            database = rocksdict.Rdict(str(path), options=self._options())
+            found = database.get(_LAYOUT)
+        except Exception as error:  # noqa: BLE001  (rocksdict raises bare Exception for every damage)
+            if "lock" in str(error).lower():
+                raise StateError(
+                    f"the state folder {path} is in use by another worker; give each its own STREAM_APP_STATE_DIR"
+                ) from None
+            return self._start_over(partition, path, str(error))
+        if found is None:
+            database.put(_LAYOUT, self._identity)
+        elif found != self._identity:
+            database.close()
+            return self._start_over(partition, path, "its states have another model or layout")
+        return database
+
+    def _start_over(self, partition: int, path: Path, reason: str) -> rocksdict.Rdict:
+        aside = path.with_name(f"{path.name}.set-aside-{time.strftime('%Y%m%dT%H%M%S')}")
+        try:
+            path.rename(aside)
+            database = rocksdict.Rdict(str(path), options=self._options())
+        except Exception as error:  # noqa: BLE001
+            raise StateError(f"the state folder {path} can't be used: {reason}; {error}") from None
+        database.put(_LAYOUT, self._identity)
+        logger.warning(
+            "local state set aside, restoring from the changelog",
+            extra={"data": {"partition": partition, "reason": reason, "kept_at": str(aside)}},
+        )
+        return database
+
+    def _options(self) -> rocksdict.Options:
+        blocks = rocksdict.BlockBasedOptions()
+        blocks.set_block_cache(self._cache)
+        blocks.set_bloom_filter(10, block_based=False)
+        blocks.set_cache_index_and_filter_blocks(True)
+        options = rocksdict.Options(raw_mode=True)
+        options.create_if_missing(True)
+        options.set_block_based_table_factory(blocks)
+        options.set_write_buffer_size(16 << 20)
+        options.set_max_write_buffer_number(2)
+        options.set_max_background_jobs(2)
+        options.set_keep_log_file_num(2)
+        # After a crash of the machine: the longest unharmed prefix, and the changelog brings the rest.
+        options.set_wal_recovery_mode(rocksdict.DBRecoveryMode.point_in_time())
+        return options
+
+
+class UserStateTable(Table):
+    """`user_state`: user id in UTF-8 → packed state, one database a partition."""
+
+    def __init__(self, app: AppT, *, layout: StateLayout, cache_bytes: int, **kwargs: Any) -> None:
+        self._layout = layout
+        self._cache_bytes = cache_bytes
+        super().__init__(
+            app,
+            name="user_state",
+            key_type=bytes,
+            value_type=bytes,
+            schema=RecordBatchSchema(key_serializer="raw", value_serializer="raw", allow_empty=True),
+            recovery_buffer_size=4,  # messages, each a batch of records; with 1, Faust reads the changelog for ever
+            **kwargs,
+        )
+
+    def _new_store(self) -> UserStateStore:
+        return UserStateStore(
+            "user-states://",
+            self.app,
+            self,
+            layout=self._layout,
+            cache_bytes=self._cache_bytes,
+            table_name=self.name,
+            key_type=bytes,
+            value_type=bytes,
+            key_serializer="raw",
+            value_serializer="raw",
+        )
+
+    @property
+    def store(self) -> UserStateStore:
+        """The RocksDB store."""
+        return cast("UserStateStore", self.data)
+
+
+def restore_rows(
+    records: Iterable[tuple[bytes | None, bytes | None]], stored: dict[bytes, bytes | None], layout: StateLayout
+) -> list[Row]:
+    """The rows that changelog records leave behind, given what is stored: per user the highest source offset wins.
+
+    The order of the log is not enough: a worker that was paused past its session may append an old state after the new
+    owner's. Pure.
+
+    Raises:
+        StateError: a record is no state of this layout.
+    """
+    newest: dict[bytes, bytes] = {}
+    for key, state in records:
+        if key is None or state is None:  # nobody here writes tombstones or records without a key
+            continue
+        if len(state) != layout.dtype.itemsize or not state.startswith(layout.header):
+            raise StateError(_foreign_state(state, layout))
+        known = newest.get(key) or stored.get(key)
+        if known is None or _source_offset(state) >= _source_offset(known):
+            newest[key] = state
+    return list(newest.items())
+
+
+def _source_offset(state: bytes) -> int:
+    return int(_OFFSET.unpack_from(state, _SOURCE_OFFSET_AT)[0])
+
+
+def _foreign_state(state: bytes, layout: StateLayout) -> str:
+    try:
+        layout.unpack([state])
+    except UserStateError as error:
+        return f"the changelog does not fit this worker: {error}; a new STREAM_APP_APP_ID begins with new states"
+    raise AssertionError("a state that can be unpacked fits the layout")
+
+
+def user_state_table(app: faust.App, layout: StateLayout, cache_bytes: int) -> UserStateTable:
+    """The table, registered with the app."""
+    return cast("UserStateTable", app.tables.add(UserStateTable(app, layout=layout, cache_bytes=cache_bytes)))

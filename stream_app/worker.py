@@ -1,0 +1,155 @@
+"""The life of a worker process: check, start, wait, drain, stop; every step within a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+
+import structlog
+import uvloop
+from threadpoolctl import threadpool_limits
+
+from stream_app.app import Parts, build_parts, is_ready
+from stream_app.errors import StreamAppError, WorkerError
+from stream_app.logs import configure_logging
+from stream_app.metrics import value
+from stream_app.settings import Settings
+from stream_app.topics import verify_topics
+
+log = structlog.get_logger(__name__)
+
+#: Seconds between progress lines.
+_PROGRESS_SECONDS = 10.0
+
+#: Seconds that a worker which can't go on takes to leave the group in order.
+_LAST_SECONDS = 5.0
+
+
+def run_worker(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT, which drain and return; a second one ends the process at once.
+
+    Raises:
+        StreamAppError, lrurec.errors.LRURecError: the worker can't start, or can't go on.
+    """
+    configure_logging(settings)
+    # One core does the products: threads of BLAS beside the event loop only wait for each other.
+    with threadpool_limits(1), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_run(settings))
+
+
+async def _run(settings: Settings) -> None:
+    stop = _stop_on_signals()
+    await verify_topics(settings)
+    parts = build_parts(settings)
+    log.info("starting", app_id=settings.app_id, broker=settings.broker, model_version=parts.bundle.version)
+    await parts.publisher.start([settings.recommendations_topic, settings.dead_letter_topic, settings.changelog_topic])
+    pipeline = asyncio.create_task(parts.pipeline.run(), name="pipeline")
+    progress = asyncio.create_task(_report_progress(parts), name="progress")
+    try:
+        if settings.web_port:
+            await parts.health.start(settings.web_host, settings.web_port)
+        await parts.app.start()
+        await _until_stopped(parts, stop, pipeline)
+        await _drain(parts, settings.shutdown_seconds)
+    except BaseException:
+        await _abandon(parts, pipeline)
+        raise
+    finally:
+        for task in (progress, pipeline):
+            task.cancel()
+        await asyncio.gather(progress, pipeline, return_exceptions=True)
+        await parts.publisher.stop()
+        await parts.health.stop()
+    log.info("stopped", clicks=int(value(parts.metrics.applied)))
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+
+    def on_signal(name: str) -> None:
+        if stop.is_set():
+            sys.stderr.flush()
+            os._exit(130 if name == "SIGINT" else 143)
+        log.info("stopping", signal=name)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number.name)
+    return stop
+
+
+async def _until_stopped(parts: Parts, stop: asyncio.Event, pipeline: asyncio.Task[None]) -> None:
+    """Return when a signal asks for it.
+
+    Raises:
+        WorkerError or what the pipeline raised: it can't go on.
+    """
+    asked = asyncio.create_task(stop.wait())
+    crashed = asyncio.create_task(parts.app.wait_until_stopped())
+    await asyncio.wait({asked, crashed, pipeline}, return_when=asyncio.FIRST_COMPLETED)
+    crash_reason = parts.app.crash_reason
+    asked.cancel()
+    crashed.cancel()
+    if pipeline.done():
+        pipeline.result()
+        raise WorkerError("the pipeline ended without a reason")
+    if parts.app.crashed:
+        raise (
+            crash_reason
+            if isinstance(crash_reason, StreamAppError)
+            else WorkerError(f"Faust stopped: {crash_reason!r}")
+        )
+
+
+async def _drain(parts: Parts, seconds: float) -> None:
+    """Finish what is in flight, commit, leave the group.
+
+    Raises:
+        WorkerError: it took longer than it may; what was not acknowledged is done again by the next owner.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            await parts.app.stop()
+    except TimeoutError:
+        raise WorkerError(
+            f"draining took longer than STREAM_APP_SHUTDOWN_SECONDS={seconds:g}; "
+            "what was not acknowledged is done again by the partitions' next owner"
+        ) from None
+
+
+async def _abandon(parts: Parts, pipeline: asyncio.Task[None]) -> None:
+    """Leave the group without waiting for clicks that nobody will acknowledge."""
+    pipeline.cancel()
+    parts.app.conf.stream_wait_empty = False
+    try:
+        async with asyncio.timeout(_LAST_SECONDS):
+            await parts.app.stop()
+    except (TimeoutError, Exception) as error:  # noqa: BLE001  (the first error is the one to report)
+        log.warning("leaving the group failed", error=repr(error))
+
+
+async def _report_progress(parts: Parts) -> None:
+    """Log when the worker becomes ready or ceases to be, and how far it came."""
+    was_ready, last, counted = False, time.monotonic(), 0.0
+    while True:
+        await asyncio.sleep(0.1)
+        ready = is_ready(parts.app)
+        if ready != was_ready:
+            assigned = sorted(tp.partition for tp in parts.app.consumer.assignment() if "changelog" not in tp.topic)
+            log.info("ready" if ready else "rebalancing", partitions=assigned)
+            was_ready = ready
+        now, clicks = time.monotonic(), value(parts.metrics.applied)
+        if now - last >= _PROGRESS_SECONDS:
+            if clicks != counted:
+                log.info(
+                    "progress",
+                    clicks=int(clicks),
+                    clicks_per_second=round((clicks - counted) / (now - last)),
+                    skipped=int(value(parts.metrics.skipped)),
+                    unknown_items=int(value(parts.metrics.unknown_items)),
+                    dead_letters=int(value(parts.metrics.dead_letters)),
+                )
+            last, counted = now, clicks
