@@ -106,7 +106,7 @@ def score_by_model(model: LRURec) -> Scorer:
     model.eval()
     device = model.item_bias.device
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(histories: Histories) -> Tensor:
         # Who has no clicks is asked by the padding item: the cold start.
         lengths = np.maximum(histories.lengths, 1)

@@ -131,8 +131,9 @@ def _scan(driven: Tensor, eigenvalues: Tensor, position: Tensor) -> Tensor:
     longest = int(position.max()) + 1 if len(position) else 0
     h, power, stride = driven.clone(), eigenvalues, 1
     while stride < longest:
-        reaches = (position[stride:] >= stride)[:, None]
-        h[stride:] += torch.where(reaches, power * h[:-stride], 0)
+        # Few tokens stand far enough from their start for the later passes: only those rows are touched.
+        rows = torch.nonzero(position >= stride)[:, 0]
+        h[rows] = torch.addcmul(h[rows], h[rows - stride], power)
         power, stride = power * power, 2 * stride
     return h
 
