@@ -10,6 +10,7 @@ Axes: n clicks, p clicks padded up to whole tiles, u users, l blocks, d width, h
 from __future__ import annotations
 
 import numpy as np
+import scipy.linalg.cython_blas  # noqa: F401  (numba's np.dot calls it; loaded here so that its threads can be limited)
 from numba import njit
 
 #: Rows of one matrix product. OpenBLAS takes another route, with other rounding, for products under a million

@@ -131,6 +131,13 @@ class CompiledEngine:
         self._encodings = np.zeros((self._rows, width), np.float32)
         self._wide = np.zeros((self._rows, 4 * width), np.float32)
         self._seen = np.zeros((self._rows, layout.recent_capacity), np.int32)
+        self._compile()
+
+    def _compile(self) -> None:
+        """Compile, or load what was compiled before, now rather than at the first click."""
+        one = np.zeros(1, np.int64)
+        click = Clicks(one.astype(np.int32), one.astype(np.int32) + 1, one, one)
+        self.advance(self.layout.unpack([None]), click, one)
 
     def advance(
         self, states: UserStates, clicks: Clicks, ranked: Int64[np.ndarray, " m"]

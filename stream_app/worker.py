@@ -35,14 +35,15 @@ def run_worker(settings: Settings) -> None:
         StreamAppError, lrurec.errors.LRURecError: the worker can't start, or can't go on.
     """
     configure_logging(settings)
-    # One core does the products: threads of BLAS beside the event loop only wait for each other.
-    with threadpool_limits(1), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_run(settings))
 
 
 async def _run(settings: Settings) -> None:
     stop = _stop_on_signals()
     await verify_topics(settings)
+    # One core does the products: threads of BLAS beside the event loop only wait for each other.
+    threadpool_limits(1, user_api="blas")
     parts = build_parts(settings)
     log.info("starting", app_id=settings.app_id, broker=settings.broker, model_version=parts.bundle.version)
     await parts.publisher.start([settings.recommendations_topic, settings.dead_letter_topic, settings.changelog_topic])
