@@ -7,7 +7,7 @@ contract, `Engine`: compiled loops on the CPU, torch operators on a GPU.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class Ranking(NamedTuple):
     clicks: Int64[np.ndarray, " m"]
 
 
+@runtime_checkable
 class Engine(Protocol):
     """A model on a device. Not thread-safe: one thread calls it."""
 
