@@ -21,10 +21,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
+from jaxtyping import Shaped
 
 from lrurec.errors import LRURecError
 
@@ -32,7 +32,7 @@ FORMAT_VERSION = 1
 HEADER_BYTES = 16
 
 #: Rows of a structured array, one a user; `StateLayout.dtype` is its type.
-UserStates = npt.NDArray[np.void]
+UserStates: TypeAlias = Shaped[np.ndarray, " u"]
 
 
 class UserStateError(LRURecError):
