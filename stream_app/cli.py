@@ -9,19 +9,17 @@ import asyncio
 import functools
 import logging
 import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from lrurec.errors import LRURecError
 from stream_app.dev.broker import DEFAULT_HEAP_MB, DEFAULT_PORT, LocalBroker
 from stream_app.dev.cache import data_folder
+from stream_app.dev.signals import keyboard_interrupt_on_signals
 from stream_app.errors import StreamAppError
 from stream_app.settings import Settings, variable
 
@@ -129,7 +127,7 @@ def broker(port: int, data_dir: Path | None, heap_mb: int) -> None:
     cache folder (STREAM_APP_CACHE_DIR).
     """
     local = LocalBroker(data_dir or data_folder() / "broker", port=port, heap_mb=heap_mb, report=_tell)
-    with _ends_on_signals():
+    with keyboard_interrupt_on_signals():
         try:
             with local:
                 click.echo(f"broker ready at {local.bootstrap}")
@@ -208,6 +206,29 @@ def worker(settings: Settings) -> None:
     run_worker(settings)
 
 
+@main.command(epilog="stream-app demo                  # until Ctrl-C\nstream-app demo --clicks 5000")
+@click.option("--clicks", type=click.IntRange(1), help="End when so many have their recommendations.")
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Clicks per second.  [default: 20, or what makes --clicks take 40 s]",
+)
+def demo(clicks: int | None, rate: float | None) -> None:
+    """Show it all: a local Kafka, a trained model, the worker, and an online shop's real clicks replayed.
+
+    The model is trained on the first 80% of the shop's sessions, once; the others are replayed. The first start
+    fetches Kafka and trains, which takes a minute or two. Nothing of yours is touched: the demo has its own broker,
+    on port 9092 if that is free, and its own folder, removed at the end.
+    """
+    from rich.console import Console  # noqa: PLC0415
+
+    from stream_app.dev.demo import DemoOptions, run_demo  # noqa: PLC0415
+
+    _silence_clients()
+    if not run_demo(DemoOptions(clicks, rate), Console(highlight=False)):
+        raise KeyboardInterrupt
+
+
 def _silence_clients() -> None:
     """What aiokafka logs about a failure, the command says itself in one line."""
     logging.getLogger("aiokafka").addHandler(logging.NullHandler())
@@ -215,18 +236,3 @@ def _silence_clients() -> None:
 
 def _tell(progress: str) -> None:
     click.echo(progress, err=True)
-
-
-@contextmanager
-def _ends_on_signals() -> Iterator[None]:
-    """SIGTERM and a closed terminal end a command as Ctrl-C does: everything that it started is ended first."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -210,7 +210,7 @@ class LocalBroker:
             try:
                 self._launch(java, jars, deadline)
                 return
-            except _PortTaken:
+            except PortTaken:
                 # A free port was free when it was chosen; somebody else may have been quicker.
                 if attempt == _PORT_TRIES:
                     raise
@@ -282,7 +282,7 @@ class LocalBroker:
             if process.exit_code() is not None:
                 words = self._last_words()
                 if "Address already in use" in words:
-                    raise _PortTaken(self._port)
+                    raise PortTaken(self._port)
                 raise BrokerUnavailable(f"the local broker did not start: {words}")
             if deadline.expired:
                 raise BrokerUnavailable(f"the local broker was not ready in time: {self._last_words()}")
@@ -302,7 +302,9 @@ class LocalBroker:
         return f"see {self.log_file}"
 
 
-class _PortTaken(BrokerUnavailable):
+class PortTaken(BrokerUnavailable):
+    """Somebody else listens on the port asked for."""
+
     def __init__(self, port: int) -> None:
         super().__init__(f"port {port} on {_HOST} is taken; name another with --port, or --port 0 for a free one")
 
@@ -332,7 +334,7 @@ def _refuse_taken_port(port: int) -> None:
                 f"port {port} needs privileges that this user lacks; name one above 1023 with --port"
             ) from None
         except OSError:
-            raise _PortTaken(port) from None
+            raise PortTaken(port) from None
 
 
 def _serves_cluster(port: int, cluster_id: str) -> bool:
