@@ -46,18 +46,24 @@ class Histories:
     def lengths(self) -> Int64[np.ndarray, " users"]:
         return np.diff(self.offsets)
 
+    def slices(self, starts: Int64[np.ndarray, " u"], lengths: Int64[np.ndarray, " u"]) -> "Histories":
+        """Histories of their own out of `items[start : start + length]`, in the order given."""
+        offsets = _offsets(lengths)
+        places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+        return Histories(self.items[places], offsets)
+
     def take(self, users: Int64[np.ndarray, " u"]) -> "Histories":
         """Some users' histories, in the order asked for."""
-        return _slices(self.items, self.offsets[users], self.lengths[users])
+        return self.slices(self.offsets[users], self.lengths[users])
 
     def first(self, counts: Int64[np.ndarray, " users"]) -> "Histories":
         """Every user's oldest `counts` items."""
-        return _slices(self.items, self.offsets[:-1], np.minimum(self.lengths, counts))
+        return self.slices(self.offsets[:-1], np.minimum(self.lengths, counts))
 
     def last(self, count: int) -> "Histories":
         """Every user's newest `count` items."""
         kept = np.minimum(self.lengths, count)
-        return _slices(self.items, self.offsets[1:] - kept, kept)
+        return self.slices(self.offsets[1:] - kept, kept)
 
     def known(self) -> "Histories":
         """Without the items that the catalogue doesn't hold: they are skipped, never encoded as row 0."""
@@ -234,12 +240,3 @@ def _group(table: pl.DataFrame, path: Path) -> Interactions:
 
 def _offsets(lengths: Int64[np.ndarray, " users"]) -> Int64[np.ndarray, " users_and_1"]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-
-
-def _slices(
-    items: Int32[np.ndarray, " n"], starts: Int64[np.ndarray, " users"], lengths: Int64[np.ndarray, " users"]
-) -> Histories:
-    """`items[start : start + length]` of every user, laid end to end."""
-    offsets = _offsets(lengths)
-    places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-    return Histories(items[places], offsets)

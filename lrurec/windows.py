@@ -1,0 +1,64 @@
+"""Training examples: windows of histories, laid end to end without padding."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+
+from lrurec.array_types import PackedItems, Positions
+from lrurec.interactions import Histories
+from lrurec.model import PADDING
+
+
+class Batch(NamedTuple):
+    """Windows as n packed tokens. The model is asked for `labels[i]` after `items[i]`."""
+
+    items: PackedItems
+    position: Positions
+    labels: PackedItems
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(tensor.to(device) for tensor in self))
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Windows of at most `max_len` clicks, cut as the published code cuts them.
+
+    A history shorter than 2·max_len gives one window, its last max_len clicks; a longer one is cut backwards in steps
+    of max_len, and what is left at its start gives none.
+    """
+
+    windows: Histories
+
+    @classmethod
+    def cut(cls, histories: Histories, max_len: int) -> "Windows":
+        lengths = histories.lengths
+        counts = np.where(lengths < 2 * max_len, np.minimum(lengths, 1), lengths // max_len)
+        users = np.repeat(np.arange(len(histories)), counts)
+        nth_from_end = np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts)
+        ends = histories.offsets[1:][users] - nth_from_end * max_len
+        starts = np.maximum(ends - max_len, histories.offsets[:-1][users])
+        return cls(histories.slices(starts, ends - starts))
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def batch(self, chosen: Int64[np.ndarray, " b"]) -> Batch:
+        """Some windows. Every click is a label: the first of a window is asked after the padding item.
+
+        So a window of m clicks is a sequence of one padding item and a sequence of its first m - 1 clicks, which starts
+        from an empty state: both have position 0 in front.
+        """
+        part = self.windows.take(chosen)
+        labels = part.items.astype(np.int64)
+        place = np.arange(len(labels)) - np.repeat(part.offsets[:-1], part.lengths)
+        items = np.where(place > 0, np.roll(labels, 1), PADDING)
+        return Batch(*map(torch.from_numpy, (items, np.maximum(place - 1, 0), labels)))
+
+
+def epoch_order(num_windows: int, seed: int, epoch: int) -> Int64[np.ndarray, " windows"]:
+    """A permutation by its arguments alone, so that a training goes on after a kill as if unbroken."""
+    return np.random.default_rng((seed, epoch)).permutation(num_windows)
