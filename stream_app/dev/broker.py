@@ -16,6 +16,7 @@ import base64
 import contextlib
 import fcntl
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -41,6 +42,7 @@ STOP_SECONDS = 10.0
 _HOST = "127.0.0.1"
 _PORT_TRIES = 5
 _POLL_SECONDS = 0.05
+_TROUBLE = re.compile(r"ERROR|Error|Exception")
 # A killed broker's process holds the lock until the kernel has buried it.
 _LOCK_SECONDS = 3.0
 
@@ -289,14 +291,15 @@ class LocalBroker:
             time.sleep(_POLL_SECONDS)
 
     def _last_words(self) -> str:
-        """The log's last line that tells of trouble, else its last line; and where the log is."""
+        """The log's last line that tells of trouble and the one after it, else its last line; and where the log is."""
         try:
-            lines = [line for line in self.log_file.read_text("utf-8", "replace").splitlines() if line.strip()]
+            text = self.log_file.read_text("utf-8", "replace")
         except OSError:
-            lines = []
-        telling = [line for line in lines if "Exception" in line or "Error" in line or "ERROR" in line]
-        last = (telling or lines or ["it said nothing"])[-1].strip()
-        return f"{last[:300]}; {self._see_log()}"
+            text = ""
+        lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("\tat ")]
+        trouble = [number for number, line in enumerate(lines) if _TROUBLE.search(line)]
+        words = lines[trouble[-1] :][:2] if trouble else lines[-1:]
+        return f"{': '.join(words)[:300] or 'it said nothing'}; {self._see_log()}"
 
     def _see_log(self) -> str:
         return f"see {self.log_file}"

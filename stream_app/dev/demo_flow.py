@@ -48,6 +48,7 @@ class DemoFlow:
         self._rate = rate
         self._board = Scoreboard(shop.popular)
         self._view = View(shop, settings.broker, clicks)
+        self._flowing = asyncio.Event()
         self._began = self._last_answer = time.monotonic()
 
     async def run(self, console: Console) -> bool:
@@ -74,6 +75,7 @@ class DemoFlow:
         await self._send(producer, *next(clicks))
         await self._until_answered(_WORKER_START_SECONDS)
         self._began = time.monotonic()
+        self._flowing.set()
         async for number, click in paced(clicks, self._rate):
             await self._send(producer, number, click)
         await producer.flush()
@@ -124,8 +126,7 @@ class DemoFlow:
 
     async def _show(self, console: Console) -> None:
         """A live screen on a terminal, else a line every two seconds."""
-        while not self._board.answered:
-            await asyncio.sleep(_POLL_SECONDS)
+        await self._flowing.wait()
         if not console.is_terminal:
             while True:
                 await asyncio.sleep(_LINE_SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
@@ -68,3 +69,16 @@ def silent_port() -> Iterator[int]:
     """A port that takes connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
+
+
+@pytest.fixture
+def eventually() -> Callable[[Callable[[], object], float], None]:
+    """`eventually(condition, seconds)` returns once the condition holds, and fails at the deadline."""
+
+    def wait(condition: Callable[[], object], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {seconds} s: {condition}"
+            time.sleep(0.02)
+
+    return wait
