@@ -6,7 +6,8 @@
     ├── BundleError         a folder that is not a readable, unharmed bundle
     ├── CheckpointError     published weights that cannot be converted
     ├── InteractionsError   a log of clicks that cannot be read
-    └── TrainingError       a training that cannot start or go on
+    ├── TrainingError       a training that cannot start or go on
+    └── DeviceError         a device that is not there
 
 Each carries one line: what was given, what is allowed, what to do. `lrurec` prints it and exits with code 1.
 """
@@ -32,3 +33,6 @@ class InteractionsError(LRURecError): ...
 
 
 class TrainingError(LRURecError): ...
+
+
+class DeviceError(LRURecError): ...

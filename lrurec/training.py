@@ -1,0 +1,189 @@
+"""Training a model on a log of clicks: from interactions to a bundle."""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from lrurec.bundle import Bundle, make_bundle
+from lrurec.catalogue import Catalogue
+from lrurec.errors import DeviceError, TrainingError
+from lrurec.evaluation import Metrics
+from lrurec.interactions import MIN_CLICKS_TO_EVALUATE, HeldOut, Interactions, Split, leave_one_out
+from lrurec.presets import TrainingSettings
+from lrurec.training_run import TrainingRun
+
+CHECKPOINT_SECONDS = 10.0
+"""Between two checkpoints, besides one at every validation."""
+
+REPORT_SECONDS = 0.25
+"""Between two reports, besides one at every validation."""
+
+
+class TrainingReport(NamedTuple):
+    """How a training is doing."""
+
+    step: int
+    max_steps: int
+    loss: float
+    """Mean cross entropy of a label, in nats: a running average over about 50 steps."""
+
+    validation: Metrics | None
+    """Of this step, where a validation was due."""
+
+    best_recall_at_10: float | None
+    examples_per_second: float
+    """Windows of histories."""
+
+    seconds_left: float
+    """Until `max_steps`; early stopping may end it before."""
+
+
+def ignore(report: TrainingReport) -> None:
+    """Nobody listens."""
+
+
+def train(
+    interactions: Interactions,
+    settings: TrainingSettings,
+    *,
+    catalogue: Catalogue | None = None,
+    device: str = "auto",
+    checkpoint: Path | None = None,
+    on_report: Callable[[TrainingReport], None] = ignore,
+) -> Bundle:
+    """The bundle of a model trained on a log: the best weights by validation Recall@10.
+
+    Every user's last click is held out for the test metrics in the bundle's metadata, the one before it for
+    validation. `catalogue` gives the model's items; by default those of the log.
+
+    Equal arguments give equal weights, to the bit on one CPU with one number of threads, also by way of a kill: what
+    stands in `checkpoint` is gone on from. The file is the caller's to remove once the bundle is saved. Torch's random
+    state and threads are left as they were.
+
+    Raises `TrainingError` if there is nothing to learn or the checkpoint is of another training, `DeviceError` if the
+    device (auto, cpu, cuda) isn't there.
+    """
+    catalogue = catalogue or interactions.catalogue
+    split = _split(interactions, catalogue)
+    target = _device(device)
+    with _threads(settings.threads), torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
+        run = TrainingRun(
+            settings,
+            split.train,
+            split.validation,
+            num_items=len(catalogue),
+            device=target,
+            run_id=run_id(interactions, settings, catalogue),
+        )
+        if checkpoint is not None:
+            run.resume(checkpoint)
+        _run_to_the_end(run, checkpoint, on_report)
+        test = run.measure(run.best, split.test)
+    metadata = _metadata(interactions, settings, run, test)
+    return make_bundle(run.best.config, run.best.state_dict(), catalogue, metadata)
+
+
+def run_id(interactions: Interactions, settings: TrainingSettings, catalogue: Catalogue) -> str:
+    """16 hexadecimal digits over all that decides the trained weights: a checkpoint fits a run of the same id."""
+    digest = hashlib.sha256(interactions.fingerprint.encode())
+    digest.update(json.dumps(settings.to_json(), sort_keys=True).encode())
+    digest.update(catalogue.to_text().encode())
+    return digest.hexdigest()[:16]
+
+
+def _run_to_the_end(run: TrainingRun, checkpoint: Path | None, on_report: Callable[[TrainingReport], None]) -> None:
+    clock = _Clock(run)
+    while run.wants_more():
+        run.advance()
+        validation = run.validate() if run.validation_is_due() else None
+        if checkpoint is not None and (validation or clock.checkpoint_is_due()):
+            run.save(checkpoint)
+            clock.has_saved()
+        if validation or clock.report_is_due():
+            on_report(clock.report(validation))
+
+
+class _Clock:
+    """When the next checkpoint and report are due, and how fast the steps go. Nothing that is trained depends on it."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run, self._first_step = run, run.step
+        self._started = self._saved = self._reported = time.monotonic()
+
+    def checkpoint_is_due(self) -> bool:
+        return time.monotonic() - self._saved >= CHECKPOINT_SECONDS
+
+    def has_saved(self) -> None:
+        self._saved = time.monotonic()
+
+    def report_is_due(self) -> bool:
+        return time.monotonic() - self._reported >= REPORT_SECONDS
+
+    def report(self, validation: Metrics | None) -> TrainingReport:
+        run, settings = self._run, self._run.settings
+        self._reported = time.monotonic()
+        steps_per_second = (run.step - self._first_step) / (self._reported - self._started)
+        return TrainingReport(
+            step=run.step,
+            max_steps=settings.max_steps,
+            loss=float(run.loss),
+            validation=validation,
+            best_recall_at_10=run.best_recall if run.best_recall >= 0 else None,
+            examples_per_second=steps_per_second * min(settings.batch_size, len(run.windows)),
+            seconds_left=(settings.max_steps - run.step) / steps_per_second,
+        )
+
+
+def _split(interactions: Interactions, catalogue: Catalogue) -> Split:
+    """Leave-one-out in rows of the catalogue, without the clicks on items that it doesn't hold."""
+    train, *held_out = leave_one_out(interactions.histories_in(catalogue))
+    validation, test = (HeldOut(asked.histories.known(), asked.answers) for asked in held_out)
+    if not len(test.answers):
+        raise TrainingError(f"no user has {MIN_CLICKS_TO_EVALUATE} clicks; give a log with longer histories")
+    return Split(train.known(), validation, test)
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise DeviceError(f"device is {name!r}; allowed are auto, cpu and cuda")
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise DeviceError("device cuda was asked for, but torch finds no CUDA device here; choose auto or cpu")
+    return torch.device("cuda:0" if available and name != "cpu" else "cpu")
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _metadata(
+    interactions: Interactions, settings: TrainingSettings, run: TrainingRun, test: Metrics
+) -> dict[str, Any]:
+    return {
+        "data": {
+            "fingerprint": interactions.fingerprint,
+            "users": len(interactions.user_ids),
+            "items": len(interactions.catalogue),
+            "clicks": len(interactions.histories.items),
+        },
+        "settings": settings.to_json(),
+        "run": run.run_id,
+        "steps": run.step,
+        "best_step": run.best_step,
+        "metrics": {"validation": {"recall@10": round(run.best_recall, 6)}, "test": test.to_json()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }
