@@ -1,0 +1,126 @@
+"""The command line: help with an example, one line for an error, exit code 0 for success alone."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from click.testing import CliRunner
+
+from stream_app.cli import main
+from stream_app.settings import Settings, variable
+
+COMMANDS = sorted(main.commands)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a command in this process with a clean environment of settings."""
+    for each in fields(Settings):
+        monkeypatch.delenv(variable(each), raising=False)
+    return lambda *arguments, **options: CliRunner().invoke(main, arguments, **options)
+
+
+def one_line(text):
+    assert len(text.splitlines()) == 1, text
+    return text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(run, command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert re.search(rf"Example:\n  stream-app {command}", result.output)
+
+
+def test_the_commands_of_the_contract_are_there(run):
+    assert {"worker", "broker", "topics", "replay", "demo"} <= set(COMMANDS)
+    listed = run("--help").output
+    assert all(command in listed for command in COMMANDS)
+
+
+def test_help_waits_for_no_heavy_library():
+    script = (
+        "import sys; from stream_app.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print({'torch', 'faust', 'aiokafka', 'polars'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("set()\n")
+
+
+def test_every_setting_is_an_option_of_the_worker_with_its_variable(run):
+    text = " ".join(run("worker", "--help").output.split())
+    for each in fields(Settings):
+        assert f"--{each.name.replace('_', '-')} " in text
+        assert f"[{variable(each)};" in text
+
+
+def test_an_option_overrules_its_variable(run):
+    result = run("topics", "--broker", "nonsense", env={"STREAM_APP_BROKER": "127.0.0.1:1"})
+    assert "'nonsense'" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["worker", "topics", "replay"])
+def test_a_bad_setting_is_one_line_naming_it(run, command, tmp_path):
+    arguments = [str(tmp_path / "log.csv")] if command == "replay" else []
+    result = run(command, *arguments, env={"STREAM_APP_BROKER": "no port"})
+    assert result.exit_code == 1
+    assert "STREAM_APP_BROKER='no port' is not allowed" in one_line(result.stderr)
+    assert result.stdout == ""
+
+
+def test_an_unknown_option_is_a_usage_error(run):
+    assert run("topics", "--colour", "red").exit_code == 2
+
+
+def test_a_file_that_is_not_there_is_one_line(run, tmp_path):
+    result = run("replay", str(tmp_path / "none.csv"))
+    assert result.exit_code == 1
+    assert "none.csv" in one_line(result.stderr)
+
+
+def test_no_broker_is_one_line(run, unused_tcp_port):
+    result = run("topics", "--broker", f"127.0.0.1:{unused_tcp_port}")
+    assert result.exit_code == 1
+    assert "stream-app broker" in one_line(result.stderr)
+
+
+def test_topics_are_created_then_as_wanted(run, bootstrap, unique_name):
+    arguments = ["topics", "--broker", bootstrap, "--app-id", unique_name("app"), "--partitions", "2"]
+    for name in ("clicks", "recommendations", "dead-letter"):
+        arguments += [f"--{name}-topic", unique_name(name)]
+    first, second = run(*arguments), run(*arguments)
+    assert first.exit_code == second.exit_code == 0
+    assert [line.split(":")[0] for line in first.stdout.splitlines()] == ["created"] * 4
+    assert [line.split(":")[0] for line in second.stdout.splitlines()] == ["as wanted"] * 4
+
+
+def test_a_mismatch_is_exit_code_1(run, bootstrap, unique_name):
+    arguments = ["topics", "--broker", bootstrap, "--app-id", unique_name("app"), "--clicks-topic", unique_name("c")]
+    arguments += ["--recommendations-topic", unique_name("r"), "--dead-letter-topic", unique_name("d")]
+    assert run(*arguments, "--partitions", "2").exit_code == 0
+    result = run(*arguments, "--partitions", "3")
+    assert result.exit_code == 1
+    assert "has 2 partitions, wanted 3" in one_line(result.stderr)
+
+
+def test_ctrl_c_is_quiet(bootstrap, unique_name, tmp_path, run):
+    arguments = ["--broker", bootstrap, "--clicks-topic", unique_name("clicks")]
+    others = ["--recommendations-topic", unique_name("r"), "--dead-letter-topic", unique_name("d")]
+    assert run("topics", *arguments, *others, "--app-id", unique_name("app")).exit_code == 0
+    log = tmp_path / "log.csv"
+    log.write_text("user_id,item_id,position\n" + "".join(f"u,i,{place}\n" for place in range(1000)))
+
+    command = [sys.executable, "-c", "from stream_app.cli import main; main()", "replay", str(log), "--rate", "5"]
+    with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True) as process:
+        assert "clicks" in process.stderr.readline()  # under way
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=15)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "Error" not in errors
