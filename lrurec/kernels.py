@@ -17,6 +17,9 @@ from numba import njit
 #: multiplications: 32 rows keep every layer of a usual model above that, or below it, for every batch.
 TILE = 32
 
+#: Multiplications up to which OpenBLAS takes that other route.
+_SMALL_PRODUCT = 1_000_000
+
 _HALF_MAX = np.float32(65504.0)
 _HALF_SMALLEST_NORMAL = np.float32(2.0**-14)
 _HALF_SPLIT = np.float32(2.0**13 + 1.0)
@@ -213,9 +216,12 @@ def rank(encodings, wanted, item_chunks, seen, top_items, top_scores):
     top_scores[:] = -np.inf
     tile = np.empty((TILE, d + 1), np.float32)
     scores = np.empty((TILE, width), np.float32)
+    # A few clicks need no whole tile where 8 rows and 32 go the same route through OpenBLAS.
+    row_product = (d + 1) * width
+    step = 8 if TILE * row_product <= _SMALL_PRODUCT or 8 * row_product > _SMALL_PRODUCT else TILE
     for start in range(0, wanted.shape[0], TILE):
         rows = min(TILE, wanted.shape[0] - start)
-        padded = min(TILE, (rows + 7) // 8 * 8)
+        padded = (rows + step - 1) // step * step
         tile[:] = 0
         for row in range(rows):
             tile[row, :d] = encodings[wanted[start + row]]
