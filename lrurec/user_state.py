@@ -103,12 +103,13 @@ class StateLayout:
             UserStateError: a row has another length, version, architecture or model.
         """
         size, initial = self.dtype.itemsize, self.initial_row
-        data = bytearray().join([initial if row is None else row for row in rows])
-        if len(data) != size * len(rows):
-            wrong = next(row for row in rows if row is not None and len(row) != size)
+        filled = [initial if row is None else row for row in rows]
+        if set(map(len, filled)) - {size}:
+            wrong = next(row for row in filled if len(row) != size)
             raise UserStateError(
                 f"a stored user state has {len(wrong):,} bytes, not {size:,}: {self._difference(wrong)}"
             )
+        data = bytearray().join(filled)
         states: UserStates = np.frombuffer(data, self.dtype)
         headers = np.frombuffer(data, np.uint8).reshape(len(rows), size)[:, :HEADER_BYTES]
         fits = (headers == np.frombuffer(self.header, np.uint8)).all(axis=1)
