@@ -240,6 +240,6 @@ def _parse(name: str, text: str, setting: Field[Any]) -> Any:
     kind: _Kind = setting.metadata["kind"]
     try:
         return kind.parse(text)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RuntimeError):  # RuntimeError: ~name of nobody
         given = "(not shown)" if setting.metadata["secret"] else repr(text)
         raise SettingsError(f"{name}={given} is not allowed: it must be {kind.allowed}") from None
