@@ -95,12 +95,14 @@ class LRURec(nn.Module):
     def __init__(self, config: LRURecConfig) -> None:
         super().__init__()
         self.config = config
-        self.item_embedding = nn.Embedding(config.num_items + 1, config.hidden_units)
+        table = torch.empty(config.num_items + 1, config.hidden_units)
+        self.item_embedding = nn.Embedding(*table.shape, _weight=table)  # `reset_parameters` fills it
         self.dropout = ByteDropout(config.dropout)
         self.layer_norm = nn.LayerNorm(config.hidden_units, eps=config.layer_norm_eps)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_blocks)])
         self.item_bias = nn.Parameter(torch.empty(config.num_items + 1))
-        self.reset_parameters()
+        if not self.item_bias.is_meta:
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -35,7 +35,8 @@ class LRU(nn.Module):
         self.input_bias = nn.Parameter(torch.empty(channels, 2))
         self.output_weight = nn.Parameter(torch.empty(width, channels, 2))
         self.output_bias = nn.Parameter(torch.empty(width))
-        self.reset_eigenvalues()
+        if not self.nu_log.is_meta:  # weights that will be read from a bundle need no values
+            self.reset_eigenvalues()
 
     @torch.no_grad()
     def reset_eigenvalues(self) -> None:
