@@ -104,6 +104,7 @@ def build_app(settings: Settings) -> faust.App:
         broker_max_poll_records=settings.max_batch,
         datadir=str(folder),
         topic_partitions=settings.partitions,
+        table_standby_replicas=0,
         topic_allow_declare=False,  # `stream-app topics` creates them; the worker's start verifies them
         topic_disable_leader=True,
         stream_recovery_delay=0.0,
@@ -121,7 +122,7 @@ def add_agent(app: faust.App, settings: Settings, pipeline: Pipeline) -> None:
     @app.agent(topic, name="recommend", supervisor_strategy=CrashingSupervisor)
     async def recommend(batches: Any) -> None:
         async for event in batches.noack().events():
-            pipeline.put(event)
+            await pipeline.put(event)
 
 
 def is_ready(app: faust.App) -> bool:

@@ -9,8 +9,8 @@ import structlog
 
 from stream_app.settings import Settings
 
-#: Libraries that say at level info what only their authors want to know.
-_CHATTY = ("aiokafka", "faust", "mode", "aiohttp")
+#: Loggers that warn of what is usual, such as each heartbeat during a rebalance; at level debug they say everything.
+_CHATTY = ("aiokafka", "faust", "mode", "aiohttp", "stream_app.record_batches", "stream_app.state_table")
 
 
 def configure_logging(settings: Settings) -> None:
@@ -34,7 +34,7 @@ def configure_logging(settings: Settings) -> None:
     level = settings.log_level.upper()
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in _CHATTY:
-        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level)))
+        logging.getLogger(name).setLevel(logging.DEBUG if level == "DEBUG" else logging.ERROR)
 
 
 def _renderers(log_format: str) -> list[structlog.typing.Processor]:

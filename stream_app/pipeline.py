@@ -95,7 +95,9 @@ class Pipeline:
         self._timeout_seconds = timeout_seconds
         self._store = store
         self._unpersisted = _UnpersistedStates(store)
-        self._arrived: asyncio.Queue[EventT[Any]] = asyncio.Queue()  # bounded by the transport's max_unacknowledged
+        self._arrived: asyncio.Queue[EventT[Any]] = asyncio.Queue()
+        self._arrived_clicks = 0
+        self._taken = asyncio.Event()
         self._computed: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
         self._sent: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
         self._logged: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
@@ -103,9 +105,17 @@ class Pipeline:
         self._disk_thread = ThreadPoolExecutor(1, "disk")
         self._number = 0
 
-    def put(self, event: EventT[Any]) -> None:
-        """Take one partition's batch of records; batches of a partition come in log order."""
+    async def put(self, event: EventT[Any]) -> None:
+        """Take one partition's batch of records; batches of a partition come in log order.
+
+        Returns once there is room for another. What waits in Faust's queues until then is dropped at a rebalance,
+        what has been taken has to be finished first.
+        """
         self._arrived.put_nowait(event)
+        self._arrived_clicks += len(records_of(event))
+        while self._arrived_clicks >= self._max_batch:
+            self._taken.clear()
+            await self._taken.wait()
 
     async def run(self) -> None:
         """Run every stage; the first error ends them all and is raised.
@@ -146,6 +156,8 @@ class Pipeline:
                 event = self._arrived.get_nowait()
             events.append(event)
             clicks += len(records_of(event))
+        self._arrived_clicks -= clicks
+        self._taken.set()
         return events
 
     def _fill(self, batch: _MicroBatch) -> None:
@@ -192,8 +204,9 @@ class Pipeline:
 
 
 class _UnpersistedStates:
-    """States computed and not yet in RocksDB, ahead of it when states are loaded. Used by the compute thread alone,
-    but for `persisted`, which the last stage advances.
+    """States that are computed and not yet in RocksDB; they go before it when states are loaded.
+
+    Used by the compute thread alone, but for `persisted`, which the last stage advances.
     """
 
     def __init__(self, store: UserStateStore) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 
 import structlog
 import uvloop
@@ -52,8 +53,8 @@ async def _run(settings: Settings) -> None:
     try:
         if settings.web_port:
             await parts.health.start(settings.web_host, settings.web_port)
-        await parts.app.start()
-        await _until_stopped(parts, stop, pipeline)
+        starting = asyncio.create_task(parts.app.start(), name="start")  # ends when the states are restored
+        await _until_stopped(parts, stop, starting, pipeline)
         await _drain(parts, settings.shutdown_seconds)
     except BaseException:
         await _abandon(parts, pipeline)
@@ -82,27 +83,30 @@ def _stop_on_signals() -> asyncio.Event:
     return stop
 
 
-async def _until_stopped(parts: Parts, stop: asyncio.Event, pipeline: asyncio.Task[None]) -> None:
-    """Return when a signal asks for it.
+async def _until_stopped(
+    parts: Parts, stop: asyncio.Event, starting: asyncio.Task[None], pipeline: asyncio.Task[None]
+) -> None:
+    """Return when a signal asks for it, be it during the start.
 
     Raises:
         WorkerError or what the pipeline raised: it can't go on.
     """
     asked = asyncio.create_task(stop.wait())
     crashed = asyncio.create_task(parts.app.wait_until_stopped())
-    await asyncio.wait({asked, crashed, pipeline}, return_when=asyncio.FIRST_COMPLETED)
-    crash_reason = parts.app.crash_reason
-    asked.cancel()
-    crashed.cancel()
+    try:
+        await asyncio.wait({asked, starting, crashed, pipeline}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done() and not starting.cancelled():
+            starting.result()
+            await asyncio.wait({asked, crashed, pipeline}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (asked, starting, crashed):
+            task.cancel()
     if pipeline.done():
         pipeline.result()
         raise WorkerError("the pipeline ended without a reason")
-    if parts.app.crashed:
-        raise (
-            crash_reason
-            if isinstance(crash_reason, StreamAppError)
-            else WorkerError(f"Faust stopped: {crash_reason!r}")
-        )
+    reason = parts.app.crash_reason
+    if reason is not None:
+        raise reason if isinstance(reason, StreamAppError) else WorkerError(f"Faust stopped: {reason!r}")
 
 
 async def _drain(parts: Parts, seconds: float) -> None:
@@ -124,7 +128,8 @@ async def _drain(parts: Parts, seconds: float) -> None:
 async def _abandon(parts: Parts, pipeline: asyncio.Task[None]) -> None:
     """Leave the group without waiting for clicks that nobody will acknowledge."""
     pipeline.cancel()
-    parts.app.conf.stream_wait_empty = False
+    with warnings.catch_warnings(action="ignore"):  # Faust warns that other parts may have read it before
+        parts.app.conf.stream_wait_empty = False
     try:
         async with asyncio.timeout(_LAST_SECONDS):
             await parts.app.stop()
