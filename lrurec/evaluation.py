@@ -1,6 +1,5 @@
 """How often, and how high, the next click stands in the list: leave-one-out over all items."""
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
@@ -52,18 +51,21 @@ class Evaluation(NamedTuple):
         return {"users": self.users, **self.model.to_json(), "baselines": {"popular": self.popular.to_json()}}
 
 
-def evaluate(bundle: Bundle, interactions: Interactions, device: torch.device | None = None) -> Evaluation:
+def evaluate(bundle: Bundle, interactions: Interactions) -> Evaluation:
     """Leave-one-out on every user's last click, ranked among all items but those of the input window.
 
     The window is the last `config.max_len` clicks, as in training and in the paper. Items that the bundle doesn't know
-    are skipped in a history; as an answer they count as missed. Raises `InteractionsError` if nobody has 3 clicks.
+    are skipped in a history; as an answer they count as missed.
+
+    Raises `InteractionsError` if nobody has 3 clicks, or the log has no item of the bundle.
     """
     histories = interactions.histories_in(bundle.catalogue)
+    if not histories.items.any():
+        raise InteractionsError("no item of the log is in the bundle's catalogue; give a log of the same shop")
     test = leave_one_out(histories).test
     if not len(test.answers):
         raise InteractionsError(f"no user has {MIN_CLICKS_TO_EVALUATE} clicks; there is nobody to evaluate")
     test = HeldOut(test.histories.known(), test.answers)
-    model = copy.deepcopy(bundle.model).to(device) if device else bundle.model
     num_rows = bundle.config.num_items + 1
     # The clicks that are asked for are nobody's knowledge.
     popularity = np.bincount(histories.items, minlength=num_rows) - np.bincount(test.answers, minlength=num_rows)
@@ -71,7 +73,9 @@ def evaluate(bundle: Bundle, interactions: Interactions, device: torch.device | 
     def measure(score: Scorer) -> Metrics:
         return metrics_of(rank_answers(score, test, window=bundle.config.max_len, num_rows=num_rows))
 
-    return Evaluation(len(test.answers), measure(score_by_model(model)), measure(score_by_popularity(popularity)))
+    return Evaluation(
+        len(test.answers), measure(score_by_model(bundle.model)), measure(score_by_popularity(popularity))
+    )
 
 
 def metrics_of(ranks: Int64[np.ndarray, " users"]) -> Metrics:

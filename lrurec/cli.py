@@ -1,0 +1,205 @@
+"""The console script `lrurec`. Each error is one line on stderr: exit code 1, or 2 for a wrong command line.
+
+What a command works with is imported inside it: `lrurec --help` doesn't wait for torch.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from lrurec.errors import LRURecError
+
+_ERROR = 1
+_INTERRUPTED = 130  # a shell's code for a command that Ctrl-C ended
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and leave the process with its exit code."""
+    try:
+        code = _commands.main(arguments, prog_name="lrurec", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        _fail(_usage(error), error.exit_code)
+    except LRURecError as error:
+        _fail(str(error), _ERROR)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has gone. Python's own flush at exit must not complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_ERROR)
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}", _ERROR)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: click.ClickException) -> str:
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    hint = f"; see {context.command_path} --help" if context else ""
+    return error.format_message().rstrip(".") + hint
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo("lrurec: " + " ".join(message.split()), err=True)
+    sys.exit(code)
+
+
+class _Command(click.Command):
+    """A command whose epilog is an example, printed line by line as it was written."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_example(self, formatter)
+
+
+class _Commands(click.Group):
+    command_class = _Command
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_example(self, formatter)
+
+
+def _write_example(command: click.Command, formatter: click.HelpFormatter) -> None:
+    with formatter.section("Example"):
+        for line in (command.epilog or "").splitlines():
+            formatter.write(f"  {line}\n")
+
+
+_BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+_INTERACTIONS = click.option(
+    "--interactions",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="A log: .csv, .csv.gz, .jsonl, .jsonl.gz or .parquet with the columns user_id, item_id, and timestamp, "
+    "timestamp_ms or position.",
+)
+_OUT = click.option(
+    "--out", type=click.Path(path_type=Path), required=True, metavar="BUNDLE", help="The folder to write."
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="lrurec train --interactions clicks.csv.gz --out shop.bundle\n"
+    "lrurec evaluate shop.bundle --interactions clicks.csv.gz\n"
+    "lrurec recommend shop.bundle --items A13,B4",
+)
+@click.version_option(package_name="stream-app")
+def _commands() -> None:
+    """LRURec: what a user clicks next, by linear recurrent units."""
+
+
+@_commands.command(epilog="lrurec train --interactions clicks.csv.gz --out shop.bundle --preset eshop")
+@_INTERACTIONS
+@_OUT
+@click.option(
+    "--preset",
+    "preset_name",
+    type=click.Choice(["default", "ml-1m", "beauty", "video", "eshop"]),
+    default="default",
+    show_default=True,
+    help="Sizes and recipe for a data set; `default` is the paper's.",
+)
+@click.option("--max-steps", type=click.IntRange(1), metavar="N", help="End after N steps.  [default: the preset's]")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=42, show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+def train(interactions: Path, out: Path, preset_name: str, max_steps: int | None, seed: int, device: str) -> None:
+    """Train a model on a log of clicks and write a bundle.
+
+    The same command goes on after a kill, from the checkpoint beside the bundle, to the same weights as if it had
+    never been killed; run once more after its end, it finds the bundle and does nothing.
+    """
+    from lrurec.train_command import train_bundle  # noqa: PLC0415 - see the module's docstring
+
+    train_bundle(interactions, out, preset_name=preset_name, max_steps=max_steps, seed=seed, device=device)
+
+
+@_commands.command(epilog="lrurec evaluate shop.bundle --interactions clicks.csv.gz --json")
+@_BUNDLE
+@_INTERACTIONS
+@_JSON
+def evaluate(bundle: Path, interactions: Path, as_json: bool) -> None:
+    """Leave-one-out: how often every user's last click is among the first 10 and 20 of all items.
+
+    The list leaves out the items of the input window, the user's last clicks before. Beside it: recommending the most
+    popular items to everyone.
+    """
+    from lrurec.bundle import load_bundle  # noqa: PLC0415
+    from lrurec.evaluation import evaluate as evaluate_bundle  # noqa: PLC0415
+    from lrurec.interactions import read_interactions  # noqa: PLC0415
+
+    result = evaluate_bundle(load_bundle(bundle), read_interactions(interactions))
+    if as_json:
+        click.echo(json.dumps(result.to_json()))
+        return
+    click.echo(f"{result.users:,} users".ljust(16) + "".join(name.rjust(11) for name in result.model.to_json()))
+    for name, metrics in (("model", result.model), ("popular", result.popular)):
+        click.echo(name.ljust(16) + "".join(f"{value:11.4f}" for value in metrics))
+
+
+@_commands.command(epilog="lrurec recommend shop.bundle --items A13,B4,B17 -k 5")
+@_BUNDLE
+@click.option("--items", default="", metavar="A,B,C", help="Clicks, oldest first.  [default: none, a cold start]")
+@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Length of the list.")
+@click.option("--include-seen", is_flag=True, help="Recommend clicked items too.")
+@_JSON
+def recommend(bundle: Path, items: str, k: int, include_seen: bool, as_json: bool) -> None:
+    """The items most likely to be clicked next, best first."""
+    from lrurec.bundle import load_bundle  # noqa: PLC0415
+    from lrurec.recommendation import recommend as recommend_items  # noqa: PLC0415
+
+    loaded = load_bundle(bundle)
+    clicked = [item_id.strip() for item_id in items.split(",") if item_id.strip()]
+    result = recommend_items(loaded, clicked, k, include_seen=include_seen)
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "items": [item._asdict() for item in result.items],
+                    "model_version": loaded.version,
+                    "clicks": result.clicks,
+                    "unknown_items": result.unknown_items,
+                },
+                ensure_ascii=False,
+            )
+        )
+        return
+    for item in result.items:
+        click.echo(f"{item.score:9.4f}  {item.item_id}")
+    if result.unknown_items:
+        click.echo(f"skipped, not in the catalogue: {', '.join(result.unknown_items)}", err=True)
+
+
+@_commands.command(epilog="lrurec convert best_acc_model.pth --items items.txt --out shop.bundle")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@_OUT
+@click.option(
+    "--items",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="One item id a line, for rows 1..N.  [default: the ids 1 to N]",
+)
+def convert(checkpoint: Path, out: Path, items: Path | None) -> None:
+    """Make a bundle out of the published implementation's weights.
+
+    CHECKPOINT is a .pth with its state_dict, or a .npz whose keys are the parameter names, with or without the prefix
+    param/. No code in it is run.
+    """
+    from lrurec.bundle import require_writable_target, save_bundle  # noqa: PLC0415
+    from lrurec.convert import convert as convert_checkpoint  # noqa: PLC0415
+
+    require_writable_target(out)
+    bundle = convert_checkpoint(checkpoint, items)
+    save_bundle(out, bundle)
+    config = bundle.config
+    sizes = f"{config.num_items:,} items, d = {config.hidden_units}, {config.num_blocks} blocks"
+    click.echo(f"{out}: {sizes}, version {bundle.version}")

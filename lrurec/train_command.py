@@ -1,0 +1,95 @@
+"""`lrurec train`: from a log to a bundle in a folder, with progress on the terminal."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lrurec.bundle import CONFIG_FILE, Bundle, load_bundle, require_writable_target, save_bundle
+from lrurec.checkpoint import checkpoint_of
+from lrurec.errors import BundleError
+from lrurec.interactions import read_interactions
+from lrurec.presets import preset
+from lrurec.training import TrainingReport, run_id
+from lrurec.training import train as train_model
+
+LINE_SECONDS = 2.0
+"""Between two lines of progress where the output isn't a terminal."""
+
+
+def train_bundle(
+    interactions: Path, out: Path, *, preset_name: str, max_steps: int | None, seed: int, device: str
+) -> None:
+    """Train, save, and tell on stdout. A bundle that this very training has made is left as it is."""
+    require_writable_target(out)
+    log = read_interactions(interactions)
+    settings = dataclasses.replace(preset(preset_name), seed=seed)
+    if max_steps is not None:
+        settings = dataclasses.replace(settings, max_steps=max_steps)
+    checkpoint = checkpoint_of(out)
+    if (done := _trained_before(out, run_id(log, settings, log.catalogue))) is None:
+        users, clicks, items = len(log.user_ids), len(log.histories.items), len(log.catalogue)
+        click.echo(f"{interactions}: {clicks:,} clicks of {users:,} users on {items:,} items")
+        if checkpoint.exists():
+            click.echo(f"going on from {checkpoint}")
+        with _progress(settings.max_steps) as on_report:
+            done = train_model(log, settings, device=device, checkpoint=checkpoint, on_report=on_report)
+        save_bundle(out, done)
+    checkpoint.unlink(missing_ok=True)
+    click.echo(_summary(out, done))
+
+
+def _trained_before(out: Path, identity: str) -> Bundle | None:
+    if not (out / CONFIG_FILE).exists():
+        return None
+    try:
+        bundle = load_bundle(out)
+    except BundleError:
+        return None  # it is about to be replaced
+    return bundle if bundle.metadata.get("run") == identity else None
+
+
+def _summary(out: Path, bundle: Bundle) -> str:
+    metrics = bundle.metadata["metrics"]
+    return (
+        f"{out}: version {bundle.version}, test recall@10 {metrics['test']['recall@10']:.4f}, "
+        f"ndcg@10 {metrics['test']['ndcg@10']:.4f}, "
+        f"validation recall@10 {metrics['validation']['recall@10']:.4f} at step {bundle.metadata['best_step']:,}"
+    )
+
+
+@contextmanager
+def _progress(max_steps: int) -> Iterator[Callable[[TrainingReport], None]]:
+    """A bar on a terminal, a line now and then elsewhere."""
+    if not sys.stdout.isatty():
+        yield _Lines()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("first steps", total=max_steps)
+        yield lambda report: bar.update(task, completed=report.step, description=_line(report))
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self, report: TrainingReport) -> None:
+        if report.validation or time.monotonic() >= self._next:
+            self._next = time.monotonic() + LINE_SECONDS
+            click.echo(_line(report))
+
+
+def _line(report: TrainingReport) -> str:
+    parts = [f"step {report.step:,} of {report.max_steps:,}", f"loss {report.loss:.3f}"]
+    if report.validation:
+        parts.append(f"validation recall@10 {report.validation.recall_at_10:.4f}")
+    if report.best_recall_at_10 is not None:
+        parts.append(f"best {report.best_recall_at_10:.4f}")
+    parts += [f"{report.examples_per_second:,.0f} examples/s", f"{report.seconds_left:,.0f} s left"]
+    return ", ".join(parts)
