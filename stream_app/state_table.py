@@ -8,10 +8,12 @@ database always equals some prefix of its changelog, whatever was killed.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +32,9 @@ logger = logging.getLogger(__name__)
 # User keys are UTF-8, in which the byte 0xff does not occur: these can't be anybody's.
 _CHANGELOG_OFFSET = b"\xff\xffchangelog-offset"
 _LAYOUT = b"\xff\xfflayout"
+
+# What RocksDB says where another process, or this one, has the database open.
+_IN_USE = re.compile("While lock file|lock hold by current process")
 
 _OFFSET = struct.Struct("<q")
 _SOURCE_OFFSET_AT = 16  # of the field source_offset in a state, see lrurec.user_state
@@ -65,27 +70,30 @@ class UserStateStore(SerializedStore):
         """The packed states under these keys, None for users without one. Blocks; releases the GIL.
 
         Raises:
-            StateError: the partition is not assigned to this worker.
+            StateError: the partition is not assigned to this worker, or its database is damaged.
         """
-        return cast("list[bytes | None]", self._database(partition)[list(keys)])
+        with self._damage_set_aside(partition):
+            return cast("list[bytes | None]", self._database(partition)[list(keys)])
 
     def persist(self, partition: int, rows: Iterable[Row], changelog_offset: int) -> None:
         """Write states, and the changelog offset that holds the last of them, as one batch. Blocks.
 
         Raises:
-            StateError: the partition is not assigned to this worker.
+            StateError: the partition is not assigned to this worker, or its database is damaged.
         """
         batch = rocksdict.WriteBatch(raw_mode=True)
         for key, state in rows:
             batch.put(key, state)
         batch.put(_CHANGELOG_OFFSET, _OFFSET.pack(changelog_offset))
-        self._database(partition).write(batch)
+        with self._damage_set_aside(partition):
+            self._database(partition).write(batch)
 
     # -- what Faust uses
 
     def persisted_offset(self, tp: TP) -> int | None:
         """Return the changelog offset up to which the local database is complete."""
-        packed = self._database(tp.partition).get(_CHANGELOG_OFFSET)
+        with self._damage_set_aside(tp.partition):
+            packed = self._database(tp.partition).get(_CHANGELOG_OFFSET)
         return None if packed is None else int(_OFFSET.unpack(packed)[0])
 
     def set_persisted_offset(self, tp: TP, offset: int) -> None:
@@ -185,14 +193,17 @@ class UserStateStore(SerializedStore):
 
     def _open(self, partition: int) -> rocksdict.Rdict:
         path = self._folder() / str(partition)
+        database = None
         try:
             database = rocksdict.Rdict(str(path), options=self._options())
             found = database.get(_LAYOUT)
         except Exception as error:  # noqa: BLE001  (rocksdict raises bare Exception for every damage)
-            if "lock" in str(error).lower():
+            if _IN_USE.search(str(error)):
                 raise StateError(
                     f"the state folder {path} is in use by another worker; give each its own STREAM_APP_STATE_DIR"
                 ) from None
+            if database is not None:
+                database.close()
             return self._start_over(partition, path, str(error))
         if found is None:
             database.put(_LAYOUT, self._identity)
@@ -201,8 +212,25 @@ class UserStateStore(SerializedStore):
             return self._start_over(partition, path, "its states have another model or layout")
         return database
 
+    @contextmanager
+    def _damage_set_aside(self, partition: int) -> Iterator[None]:
+        """A damaged block is noticed when it is read: without its database, the next start restores the states."""
+        try:
+            yield
+        except Exception as error:
+            if not str(error).startswith("Corruption"):
+                raise
+            path = self._folder() / str(partition)
+            aside = _aside(path)
+            self._databases.pop(partition).close()
+            path.rename(aside)
+            raise StateError(
+                f"the state folder {path} is damaged ({error}) and was set aside as {aside.name}; "
+                "start the worker again: it restores these states from the changelog"
+            ) from None
+
     def _start_over(self, partition: int, path: Path, reason: str) -> rocksdict.Rdict:
-        aside = path.with_name(f"{path.name}.set-aside-{time.strftime('%Y%m%dT%H%M%S')}")
+        aside = _aside(path)
         try:
             path.rename(aside)
             database = rocksdict.Rdict(str(path), options=self._options())
@@ -266,6 +294,10 @@ class UserStateTable(Table):
     def store(self) -> UserStateStore:
         """The RocksDB store."""
         return cast("UserStateStore", self.data)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.set-aside-{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 10**9:09}")
 
 
 def restore_rows(
