@@ -95,8 +95,8 @@ class LRURec(nn.Module):
     def __init__(self, config: LRURecConfig) -> None:
         super().__init__()
         self.config = config
-        table = torch.empty(config.num_items + 1, config.hidden_units)
-        self.item_embedding = nn.Embedding(*table.shape, _weight=table)  # `reset_parameters` fills it
+        rows, width = config.num_items + 1, config.hidden_units
+        self.item_embedding = nn.Embedding(rows, width, _weight=torch.empty(rows, width))  # `reset_parameters` fills it
         self.dropout = ByteDropout(config.dropout)
         self.layer_norm = nn.LayerNorm(config.hidden_units, eps=config.layer_norm_eps)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_blocks)])
@@ -142,10 +142,11 @@ class LRURec(nn.Module):
             raise ValueError(f"items must be within 1..{self.config.num_items}; unknown items are to be skipped")
         started = lengths > 0
         x, states = self._run(packed, place[real], state[started])
+        last = lengths[started].cumsum(0) - 1
         encodings = x.new_zeros(batch, tokens, self.config.hidden_units)
         encodings[real] = x
         after = state.clone()
-        after[started] = states[lengths[started].cumsum(0) - 1]
+        after[started] = torch.stack([h[last] for h in states], 1)
         return encodings, after
 
     def encode_packed(self, items: PackedItems, position: Positions) -> PackedEncodings:
@@ -184,11 +185,11 @@ class LRURec(nn.Module):
         embedded: Tensor = self.layer_norm(self.dropout(self.item_embedding(items)))
         return embedded
 
-    def _run(self, items: Tensor, position: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Packed encodings (n, d), and states after every token (n, l, h)."""
+    def _run(self, items: Tensor, position: Tensor, state: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Packed encodings (n, d), and each block's states after every token (n, h)."""
         x = self._embed(items)
         states = []
         for index, block in enumerate(self._blocks()):
             x, h = block(x, position, None if state is None else state[:, index])
             states.append(h)
-        return x, torch.stack(states, 1)
+        return x, states

@@ -57,12 +57,12 @@ class RecordBatchConsumer(driver.Consumer):
             return
         async with self._polling:
             polled, active = await self._wait_next_records(timeout)
-        if not polled or self.should_stop:
+        if self.should_stop:
             return
-        if not self.flow_active:
+        if polled and not self.flow_active:
             await self.perform_seek()
             return
-        for tp, records in cast("Mapping[TP, Sequence[Any]]", polled).items():
+        for tp, records in cast("Mapping[TP, Sequence[Any]]", polled or {}).items():
             if not self.flow_active:
                 return
             if active is None or tp in active or tp in self._buffered_partitions:
@@ -172,6 +172,13 @@ class RecordBatchConsumer(driver.Consumer):
 
         Here a batch that does not become durable ends the worker, and the lag is a metric.
         """
+
+    async def leave_group(self) -> None:
+        """Leave the consumer group at once, without waiting for what is in flight."""
+        client = self._thread._consumer
+        if client is not None:
+            left = asyncio.run_coroutine_threadsafe(client.stop(), self._thread.thread_loop)
+            await asyncio.wrap_future(left)
 
     def _close_sources(self) -> None:
         self._to_open = set()

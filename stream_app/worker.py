@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-import warnings
+from typing import NoReturn, cast
 
 import structlog
 import uvloop
@@ -17,6 +17,7 @@ from stream_app.app import Parts, build_parts, is_ready
 from stream_app.errors import StreamAppError, WorkerError
 from stream_app.logs import configure_logging
 from stream_app.metrics import value
+from stream_app.record_batches import RecordBatchConsumer
 from stream_app.settings import Settings
 from stream_app.topics import verify_topics
 
@@ -47,25 +48,32 @@ async def _run(settings: Settings) -> None:
     threadpool_limits(1, user_api="blas")
     parts = build_parts(settings)
     log.info("starting", app_id=settings.app_id, broker=settings.broker, model_version=parts.bundle.version)
-    await parts.publisher.start([settings.recommendations_topic, settings.dead_letter_topic, settings.changelog_topic])
-    pipeline = asyncio.create_task(parts.pipeline.run(), name="pipeline")
-    progress = asyncio.create_task(_report_progress(parts), name="progress")
     try:
         if settings.web_port:
             await parts.health.start(settings.web_host, settings.web_port)
-        starting = asyncio.create_task(parts.app.start(), name="start")  # ends when the states are restored
+        topics = (settings.recommendations_topic, settings.dead_letter_topic, settings.changelog_topic)
+        await parts.publisher.start(topics)
+        await _work(parts, stop, settings.shutdown_seconds)
+    finally:
+        await parts.publisher.stop()
+        await parts.health.stop()
+    log.info("stopped", clicks=int(value(parts.metrics.applied)))
+
+
+async def _work(parts: Parts, stop: asyncio.Event, shutdown_seconds: float) -> None:
+    """Run the pipeline and Faust until a signal, then drain. What can't go on ends the process here."""
+    pipeline = asyncio.create_task(parts.pipeline.run(), name="pipeline")
+    progress = asyncio.create_task(_report_progress(parts), name="progress")
+    starting = asyncio.create_task(parts.app.start(), name="start")  # ends when the states are restored
+    try:
         await _until_stopped(parts, stop, starting, pipeline)
-        await _drain(parts, settings.shutdown_seconds)
-    except BaseException:
-        await _abandon(parts, pipeline)
-        raise
+        await _drain(parts, shutdown_seconds)
+    except Exception as error:  # noqa: BLE001  (whatever it is, going on could lose or double clicks)
+        await _end_process(parts, error)
     finally:
         for task in (progress, pipeline):
             task.cancel()
         await asyncio.gather(progress, pipeline, return_exceptions=True)
-        await parts.publisher.stop()
-        await parts.health.stop()
-    log.info("stopped", clicks=int(value(parts.metrics.applied)))
 
 
 def _stop_on_signals() -> asyncio.Event:
@@ -125,16 +133,20 @@ async def _drain(parts: Parts, seconds: float) -> None:
         ) from None
 
 
-async def _abandon(parts: Parts, pipeline: asyncio.Task[None]) -> None:
-    """Leave the group without waiting for clicks that nobody will acknowledge."""
-    pipeline.cancel()
-    with warnings.catch_warnings(action="ignore"):  # Faust warns that other parts may have read it before
-        parts.app.conf.stream_wait_empty = False
+async def _end_process(parts: Parts, error: Exception) -> NoReturn:
+    """Leave the group, so that another worker can take over at once, and exit with 1.
+
+    No orderly stop: Faust's would wait for clicks that nobody will acknowledge. The durable order makes that safe.
+    """
+    unexpected = not isinstance(error, StreamAppError)
+    log.error("ended", error=str(error) or repr(error), exc_info=error if unexpected else None)
     try:
         async with asyncio.timeout(_LAST_SECONDS):
-            await parts.app.stop()
-    except (TimeoutError, Exception) as error:  # noqa: BLE001  (the first error is the one to report)
-        log.warning("leaving the group failed", error=repr(error))
+            await cast("RecordBatchConsumer", parts.app.consumer).leave_group()
+    except Exception as further:  # noqa: BLE001  (the first error is the one to report)
+        log.warning("leaving the group failed", error=repr(further))
+    print(f"Error: {' '.join((str(error) or repr(error)).split())}", file=sys.stderr, flush=True)  # noqa: T201
+    os._exit(1)
 
 
 async def _report_progress(parts: Parts) -> None:

@@ -1,0 +1,299 @@
+"""The worker as other teams meet it: a real broker, foreign clients, kills. See live.py for the oracle."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from lrurec.bundle import Bundle, load_bundle, save_bundle
+from lrurec.convert import convert
+from tests.stream_app.live import (
+    Site,
+    WorkerProcess,
+    assert_list_is_right,
+    click,
+    produce,
+    read_topic,
+    read_until,
+    recommendations_for,
+    run_command,
+    source_of,
+    wait_until,
+)
+
+GOLDEN = Path(__file__).parents[1] / "lrurec" / "golden" / "public_large_d64_b2.npz"
+
+#: Scores of the golden model are of the order of 10; equality with the parallel form is stated to 1e-4, plus five
+#: printed decimals.
+TOLERANCE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "bundle"
+    save_bundle(folder, convert(GOLDEN))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(bundle_folder: Path) -> Bundle:
+    return load_bundle(bundle_folder)
+
+
+@pytest.fixture
+def site(bootstrap: str, unique_name: Callable[[str], str], bundle_folder: Path, tmp_path: Path) -> Site:
+    made = Site(bootstrap, unique_name("app"), bundle_folder, tmp_path)
+    made.create_topics()
+    return made
+
+
+@pytest.fixture
+def worker(site: Site) -> Iterator[WorkerProcess]:
+    with WorkerProcess(site) as process:
+        yield process.wait_ready()
+
+
+def random_clicks(count: int, users: int, seed: int) -> list[tuple[str, str]]:
+    """(user, item) with a few users far busier than the others."""
+    rng = random.Random(seed)
+    return [(f"user-{int(users * rng.random() ** 3)}", str(rng.randint(1, 200))) for _ in range(count)]
+
+
+def histories_of(clicks: list[tuple[str, str]]) -> dict[str, list[str]]:
+    histories: dict[str, list[str]] = defaultdict(list)
+    for user_id, item_id in clicks:
+        histories[user_id].append(item_id)
+    return histories
+
+
+def assert_exact(recommendations: list[dict[str, Any]], clicks: list[tuple[str, str]], bundle: Bundle) -> None:
+    """Every click has its list, repeated ones are identical, and every user's last list is the oracle's."""
+    by_source: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for recommendation in recommendations:
+        del recommendation["generated_at_ms"]
+        assert by_source.setdefault(source_of(recommendation), recommendation) == recommendation
+    assert len(by_source) == len(clicks)
+    histories = histories_of(clicks)
+    numbers = Counter((r["user_id"], r["clicks"]) for r in by_source.values())
+    assert numbers == {(user, n): 1 for user, items in histories.items() for n in range(1, len(items) + 1)}
+    for recommendation in by_source.values():
+        items = histories[recommendation["user_id"]]
+        if recommendation["clicks"] == len(items):
+            assert_list_is_right(bundle, items, recommendation["items"], tolerance=TOLERANCE)
+
+
+async def test_every_click_gets_one_list_and_each_users_last_is_the_offline_models(
+    site: Site, worker: WorkerProcess, bundle: Bundle
+) -> None:
+    clicks = random_clicks(4_000, users=150, seed=1)
+    await produce(site, [click(user, item, event_id=f"e{n}") for n, (user, item) in enumerate(clicks)])
+    recommendations = await recommendations_for(site, len(clicks))
+    assert len(recommendations) == len(clicks)
+    assert {r["model_version"] for r in recommendations} == {bundle.version}
+    assert {r["source"]["event_id"] for r in recommendations} == {f"e{n}" for n in range(len(clicks))}
+    assert all(len(r["items"]) == 10 for r in recommendations)
+    assert_exact(recommendations, clicks, bundle)
+
+
+async def test_kills_and_a_lost_disk_lose_and_double_nothing(site: Site, bundle: Bundle) -> None:
+    clicks = random_clicks(30_000, users=400, seed=2)
+    await produce(site, [click(user, item) for user, item in clicks])
+    rng = random.Random(3)
+    for attempt in range(6):
+        with WorkerProcess(site, MAX_BATCH="256") as worker:
+            worker.wait_ready()
+            target = rng.randint(500, 4_000)
+            wait_until(lambda: worker.metric("clicks_applied_total") >= target, 60, worker.tail)  # noqa: B023
+            worker.kill()
+        if attempt % 2:
+            shutil.rmtree(site.folder / "state")
+    with WorkerProcess(site) as worker:
+        recommendations = await recommendations_for(site, len(clicks), 90)
+        assert worker.terminate() == 0, worker.tail()
+    assert len(recommendations) > len(clicks), "no kill fell between an output and its commit: the test tested nothing"
+    assert_exact(recommendations, clicks, bundle)
+
+
+async def test_a_user_with_a_thousand_clicks_in_one_batch_is_advanced_in_order(site: Site, bundle: Bundle) -> None:
+    rng = random.Random(4)
+    clicks = [("busy", str(rng.randint(1, 200))) for _ in range(1_000)]
+    clicks[500:500] = [(f"quiet-{n}", "7") for n in range(20)]
+    await produce(site, [click(user, item) for user, item in clicks])
+    with WorkerProcess(site):
+        recommendations = await recommendations_for(site, len(clicks))
+    assert_exact(recommendations, clicks, bundle)
+
+
+async def test_poison_goes_to_the_dead_letters_untouched_and_stops_nobody(
+    site: Site, worker: WorkerProcess, bundle: Bundle
+) -> None:
+    good = json.dumps({"user_id": "u", "item_id": "1", "timestamp_ms": 1}).encode()
+    poison: list[tuple[bytes | None, bytes | None]] = [
+        (b"u", b"not json"),
+        (b"u", b""),
+        (b"u", None),
+        (b"u", b"\xff\xfe"),
+        (b"u", b"[" * 5_000),
+        (b"u", b"null"),
+        (b"u", b"[1]"),
+        (b"u", b'{"user_id": "u", "item_id": "1"}'),
+        (b"u", b'{"user_id": "u", "timestamp_ms": 1}'),
+        (b"u", b'{"item_id": "1", "timestamp_ms": 1}'),
+        (b"1", b'{"user_id": 1, "item_id": "1", "timestamp_ms": 1}'),
+        (b"u", b'{"user_id": "u", "item_id": 1, "timestamp_ms": 1}'),
+        (b"u", b'{"user_id": "u", "item_id": "1", "timestamp_ms": "1"}'),
+        (b"u", b'{"user_id": "u", "item_id": "1", "timestamp_ms": 1.5}'),
+        (b"u", b'{"user_id": "u", "item_id": "1", "timestamp_ms": true}'),
+        (b"u", b'{"user_id": "u", "item_id": "1", "timestamp_ms": 99999999999999999999}'),
+        (b"u", b'{"user_id": "u", "item_id": "1", "timestamp_ms": 1, "event_id": 5}'),
+        (b"u", b'{"user_id": "\\ud800", "item_id": "1", "timestamp_ms": 1}'),
+        (b"u", b'{"user_id": "u", "item_id": "1", "timestamp_ms": 1, "x": "' + b"x" * 70_000 + b'"}'),
+        (None, good),
+        (b"somebody else", good),
+        (b"\xff", good),
+    ]
+    clicks = random_clicks(300, users=20, seed=5)
+    records: list[tuple[bytes | None, bytes | None]] = [click(user, item) for user, item in clicks]
+    rng = random.Random(6)
+    for record in poison:
+        records.insert(rng.randint(0, len(records)), record)
+    await produce(site, records)
+    recommendations = await recommendations_for(site, len(clicks))
+    letters = await read_until(site, site.dead_letters, lambda found: len(found) >= len(poison))
+    assert_exact(recommendations, clicks, bundle)
+    assert Counter((letter.key, letter.value) for letter in letters) == Counter(poison)
+    produced = {(r.partition, r.offset): r for r in await read_topic(site, site.clicks)}
+    for letter in letters:
+        headers = dict(letter.headers)
+        origin = produced[int(headers["__streams.errors.partition"]), int(headers["__streams.errors.offset"])]
+        assert (origin.key, origin.value) == (letter.key, letter.value)
+        assert headers["__streams.errors.topic"].decode() == site.clicks
+        assert headers["__streams.errors.exception"]
+        assert headers["__streams.errors.message"]
+        assert headers["disposition"]
+
+
+async def test_clicks_on_unknown_items_are_counted_and_advance_nobody(
+    site: Site, worker: WorkerProcess, bundle: Bundle
+) -> None:
+    known = [("a", "1"), ("a", "2"), ("b", "3")]
+    unknown = [("a", "no such item"), ("c", "")]
+    order = [known[0], unknown[0], known[1], unknown[1], known[2]]
+    await produce(site, [click(user, item) for user, item in order])
+    recommendations = await recommendations_for(site, len(known))
+    wait_until(lambda: worker.metric("clicks_unknown_item_total") == len(unknown), 20, worker.tail)
+    assert_exact(recommendations, known, bundle)
+    assert await read_topic(site, site.dead_letters) == []
+
+
+async def test_two_workers_share_the_partitions_and_a_third_takes_over_for_one_that_leaves(
+    site: Site, bundle: Bundle
+) -> None:
+    clicks = random_clicks(12_000, users=300, seed=7)
+    records = [click(user, item) for user, item in clicks]
+    states = [str(site.folder / f"state-{n}") for n in range(3)]
+    with (
+        WorkerProcess(site, "first", STATE_DIR=states[0]) as first,
+        WorkerProcess(site, "second", STATE_DIR=states[1]) as second,
+    ):
+        first.wait_ready()
+        second.wait_ready()
+        await produce(site, records[:4_000])
+        await recommendations_for(site, 4_000)
+        wait_until(
+            lambda: min(first.metric("clicks_applied_total"), second.metric("clicks_applied_total")) > 0,
+            30,
+            lambda: first.tail() + second.tail(),
+        )
+        await produce(site, records[4_000:8_000])
+        assert first.terminate() == 0, first.tail()
+        with WorkerProcess(site, "third", STATE_DIR=states[2]) as third:
+            await produce(site, records[8_000:])
+            recommendations = await recommendations_for(site, len(clicks), 90)
+            assert third.terminate() == 0, third.tail()
+        assert second.terminate() == 0, second.tail()
+    assert_exact(recommendations, clicks, bundle)
+
+
+async def test_sigterm_finishes_commits_and_exits_0(site: Site, worker: WorkerProcess) -> None:
+    clicks = random_clicks(500, users=50, seed=8)
+    await produce(site, [click(user, item) for user, item in clicks])
+    await recommendations_for(site, len(clicks))
+    assert worker.terminate() == 0, worker.tail()
+    assert await lag_of(site) == 0
+    lines = worker.log.read_text().splitlines()
+    events = [json.loads(line)["event"] for line in lines]
+    assert events[-1] == "stopped"
+
+
+async def lag_of(site: Site) -> int:
+    """Records of the clicks topic that the group has not committed."""
+    group = AIOKafkaConsumer(bootstrap_servers=site.bootstrap, group_id=site.name, enable_auto_commit=False)
+    await group.start()
+    try:
+        partitions = [TopicPartition(site.clicks, number) for number in range(site.partitions)]
+        ends = await group.end_offsets(partitions)
+        committed = await asyncio.gather(*(group.committed(tp) for tp in partitions))
+        return sum(end - (done or 0) for end, done in zip(ends.values(), committed, strict=True))
+    finally:
+        await group.stop()
+
+
+async def test_publish_latest_gives_one_list_per_user_and_micro_batch(site: Site, bundle: Bundle) -> None:
+    clicks = random_clicks(1_000, users=20, seed=9)
+    await produce(site, [click(user, item) for user, item in clicks])
+    histories = histories_of(clicks)
+
+    def last_of_all(records: list[Any]) -> bool:
+        lists = [json.loads(record.value) for record in records]
+        return {r["user_id"] for r in lists if r["clicks"] == len(histories[r["user_id"]])} == histories.keys()
+
+    with WorkerProcess(site, PUBLISH="latest"):
+        records = await read_until(site, site.recommendations, last_of_all)
+    assert len(records) < len(clicks) / 2
+    for record in records:
+        recommendation = json.loads(record.value)
+        items = histories[recommendation["user_id"]][: recommendation["clicks"]]
+        assert_list_is_right(bundle, items, recommendation["items"], tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"CLICKS_TOPIC": "nobody-made-this"}, ["nobody-made-this", "stream-app topics"]),
+        ({"PARTITIONS": "5"}, ["4 partitions", "wanted 5"]),
+        ({"MODEL": "/nonexistent"}, ["/nonexistent"]),
+        ({"TOP_K": "ten"}, ["STREAM_APP_TOP_K", "'ten'", "whole number"]),
+        ({"BROKER": "127.0.0.1:1", "BROKER_TIMEOUT_SECONDS": "2"}, ["127.0.0.1:1"]),
+        ({"DEVICE": "tpu"}, ["STREAM_APP_DEVICE", "'tpu'", "auto, cpu, cuda"]),
+    ],
+)
+def test_what_cannot_work_is_refused_at_start_in_one_line(
+    site: Site, settings: dict[str, str], named: list[str]
+) -> None:
+    result = run_command(["worker"], site.environment(WEB_PORT="0", **settings))
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("{")]
+    assert all(word in line for word in named), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_states_of_another_model_are_refused_not_mixed(site: Site, tmp_path: Path) -> None:
+    asyncio.run(produce(site, [click("u", "1")]))
+    with WorkerProcess(site):
+        asyncio.run(recommendations_for(site, 1))
+    other = tmp_path / "other"
+    save_bundle(other, convert(GOLDEN.with_name("public_small_d16_b1.npz")))
+    with WorkerProcess(site, "other", MODEL=str(other)) as worker:
+        assert worker.process.wait(40) == 1
+        assert "channels 128 (here 32)" in worker.tail()
+        assert "STREAM_APP_APP_ID" in worker.tail()
