@@ -211,7 +211,7 @@ def worker(settings: Settings) -> None:
 @click.option(
     "--rate",
     type=click.FloatRange(min=0, min_open=True),
-    help="Clicks per second.  [default: 20, or what makes --clicks take 40 s]",
+    help="Clicks per second.  [default: 20, or what makes --clicks take 30 s]",
 )
 def demo(clicks: int | None, rate: float | None) -> None:
     """Show it all: a local Kafka, a trained model, the worker, and an online shop's real clicks replayed.

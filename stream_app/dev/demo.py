@@ -24,7 +24,7 @@ from stream_app.topics import ensure_topics
 
 WATCHABLE_RATE = 20.0
 """Clicks per second that eyes can follow."""
-_SECONDS_OF_CLICKS = 40.0
+_SECONDS_OF_CLICKS = 30.0
 """How long the default rate takes for a given number of clicks, once that is faster than `WATCHABLE_RATE`."""
 
 
@@ -33,7 +33,7 @@ class DemoOptions:
     clicks: int | None = None
     """End after that many clicks have their recommendations; None: go on until told to end."""
     rate: float | None = None
-    """Clicks per second; None: watchable, or for a number of clicks done in about 40 seconds."""
+    """Clicks per second; None: watchable, or for a number of clicks done in about 30 seconds."""
 
     @property
     def clicks_per_second(self) -> float:
@@ -93,7 +93,7 @@ def _keep_only_logs(folder: Path) -> None:
 
 
 def _teller(console: Console) -> Callable[[str], None]:
-    return lambda text: console.print(text, style="dim", markup=False, highlight=False)
+    return lambda text: console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

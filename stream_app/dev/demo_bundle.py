@@ -22,7 +22,7 @@ from stream_app.dev.shop import CLICKS_FILE, Shop
 from stream_app.errors import StreamAppError
 
 TRAINING_SECONDS = 600.0
-_ARGUMENTS = ("--seed", "1")
+_ARGUMENTS = ("--preset", "eshop")
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 2.0
 

@@ -27,6 +27,7 @@ _HEADER = "# Apache Kafka and what it needs at run time. Written by: python -m s
 _LIST = Path(__file__).with_name("kafka_jars.txt")
 _PARALLEL_FETCHES = 8
 _TRIES_PER_JAR = 3
+_LONGEST_REASON = 120
 _HTTP_TIMEOUT_SECONDS = 20
 
 
@@ -169,7 +170,8 @@ class _DamagedDownloadError(RuntimeError):
 
 
 def _unavailable(cause: Exception, folder: Path) -> BrokerUnavailable:
-    reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+    text = " ".join(str(cause).split())
+    reason = text if 0 < len(text) <= _LONGEST_REASON else type(cause).__name__  # requests tells whole stories
     return BrokerUnavailable(
         f"cannot fetch Apache Kafka {KAFKA_VERSION} from Maven Central ({reason}). The first start needs the"
         " network: try again with it, or name a mirror under [repositories] in jgo's configuration, or copy"
