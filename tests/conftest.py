@@ -1,8 +1,13 @@
 """Shapes and types of array code are checked at run time, in tests alone: at no cost to users."""
 
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 #: The modules whose functions take arrays; the compiled loops in kernels.py have types of their own.
 _CHECKED = ["evaluation", "model", "recurrence", "serving", "training"]
 
 install_import_hook([f"lrurec.{module}" for module in _CHECKED], "beartype.beartype")
+
+# The first example of a property compiles what it calls, and machines that run tests are shared.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
