@@ -1,0 +1,205 @@
+"""How fast a backlog is worked off, against the program that anybody would write first.
+
+    python -m benchmarks.backlog                     400,000 clicks of 50,000 users, 3,416 items, three rounds
+    python -m benchmarks.backlog --clicks 100000 --rounds 1
+
+Both are whole processes on the same real broker and the same clicks; they take turns. Counted is what a consumer could
+read: the growth of the recommendations topic, from its first sign of life to the end of the backlog or of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import orjson
+import torch
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+from lrurec.bundle import make_bundle, save_bundle
+from lrurec.catalogue import Catalogue
+from lrurec.config import LRURecConfig
+from lrurec.model import LRURec
+from stream_app.dev.broker import LocalBroker
+
+PARTITIONS = 8
+SCRIPTS = Path(sys.executable).parent
+
+#: Each program may take this long for a round; the obvious one gets nowhere near the end.
+ROUND_SECONDS = 40.0
+
+
+def main() -> None:
+    """Measure and print a table, then one JSON line for history."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.backlog", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--clicks", type=int, default=400_000)
+    parser.add_argument("--users", type=int, default=50_000)
+    parser.add_argument("--items", type=int, default=3_416)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rates = measure(Path(folder), options.clicks, options.users, options.items, options.rounds)
+    report(rates, vars(options))
+
+
+def measure(folder: Path, clicks: int, users: int, items: int, rounds: int) -> dict[str, list[float]]:
+    """Clicks a second of each program, one figure a round."""
+    bundle = folder / "bundle"
+    write_bundle(bundle, items)
+    rates: dict[str, list[float]] = {"stream-app": [], "obvious": []}
+    with LocalBroker(folder / "kafka", port=0, heap_mb=1024) as broker:
+        asyncio.run(produce_backlog(broker.bootstrap, clicks, users, items))
+        for number in range(rounds):
+            rates["obvious"].append(run_obvious(broker.bootstrap, bundle, folder, number, clicks))
+            rates["stream-app"].append(run_ours(broker.bootstrap, bundle, folder, number, clicks))
+            print(f"round {number + 1}: " + ", ".join(f"{name} {each[-1]:,.0f}/s" for name, each in rates.items()))
+    return rates
+
+
+def report(rates: Mapping[str, list[float]], options: Mapping[str, int]) -> None:
+    """Medians, spread, ratio; machine and versions."""
+    ratios = [ours / theirs for ours, theirs in zip(rates["stream-app"], rates["obvious"], strict=True)]
+    versions = {name: version(name) for name in ("faust-streaming", "aiokafka", "rocksdict", "torch", "numba")}
+    print(f"\n{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}")
+    print(f"{options}")
+    for name, each in {**rates, "ratio": ratios}.items():
+        print(f"{name:>12}: median {statistics.median(each):>10,.1f}   min {min(each):,.1f}   max {max(each):,.1f}")
+    print(
+        json.dumps({"benchmark": "backlog", **options, "clicks_per_second": rates, "ratio": statistics.median(ratios)})
+    )
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write_bundle(folder: Path, items: int) -> None:
+    """A model of the paper's size with random weights; speed does not depend on their values."""
+    torch.manual_seed(0)
+    config = LRURecConfig(num_items=items)
+    catalogue = Catalogue([f"item-{row}" for row in range(1, items + 1)])
+    save_bundle(folder, make_bundle(config, LRURec(config).state_dict(), catalogue))
+
+
+async def produce_backlog(bootstrap: str, clicks: int, users: int, items: int) -> None:
+    """Write the clicks, uniform over users and items, and wait until all are in the log."""
+    await create_topics(bootstrap, {"clicks": "delete"})
+    rng = np.random.default_rng(0)
+    rows = zip(rng.integers(0, users, clicks).tolist(), rng.integers(1, items + 1, clicks).tolist(), strict=True)
+    producer = AIOKafkaProducer(bootstrap_servers=bootstrap, acks="all", linger_ms=20, max_batch_size=500_000)
+    await producer.start()
+    try:
+        for number, (user, item) in enumerate(rows):
+            event = {"user_id": f"user-{user}", "item_id": f"item-{item}", "timestamp_ms": 1_700_000_000_000 + number}
+            await producer.send("clicks", key=event["user_id"].encode(), value=orjson.dumps(event))  # type: ignore[attr-defined]
+        await producer.flush()
+    finally:
+        await producer.stop()
+
+
+async def create_topics(bootstrap: str, policies: Mapping[str, str]) -> None:
+    """Create topics with these cleanup policies."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    try:
+        topics = [
+            NewTopic(name, PARTITIONS, 1, topic_configs={"cleanup.policy": policy}) for name, policy in policies.items()
+        ]
+        await admin.create_topics(topics)
+    finally:
+        await admin.close()
+
+
+def run_ours(bootstrap: str, bundle: Path, folder: Path, number: int, clicks: int) -> float:
+    """`stream-app worker` with its default settings."""
+    name = f"ours-{number}"
+    settings = {
+        "BROKER": bootstrap,
+        "MODEL": str(bundle),
+        "APP_ID": name,
+        "RECOMMENDATIONS_TOPIC": f"{name}-recommendations",
+        "DEAD_LETTER_TOPIC": f"{name}-dead-letter",
+        "STATE_DIR": str(folder / name),
+        "WEB_PORT": "0",
+    }
+    environment = os.environ | {f"STREAM_APP_{key}": text for key, text in settings.items()}
+    subprocess.run([SCRIPTS / "stream-app", "topics"], env=environment, check=True, capture_output=True, timeout=60)
+    with running([str(SCRIPTS / "stream-app"), "worker"], environment, folder / f"{name}.log"):
+        return asyncio.run(rate_of(bootstrap, f"{name}-recommendations", clicks))
+
+
+def run_obvious(bootstrap: str, bundle: Path, folder: Path, number: int, clicks: int) -> float:
+    """`benchmarks.obvious_worker`."""
+    name = f"obvious-{number}"
+    asyncio.run(create_topics(bootstrap, {f"{name}-recommendations": "compact", f"{name}-states-changelog": "compact"}))
+    settings = {
+        "NAME": name,
+        "BROKER": bootstrap,
+        "BUNDLE": str(bundle),
+        "PARTITIONS": str(PARTITIONS),
+        "DATADIR": str(folder / name),
+    }
+    environment = os.environ | {f"OBVIOUS_{key}": text for key, text in settings.items()}
+    command = [sys.executable, "-m", "benchmarks.obvious_worker", "worker"]
+    with running(command, environment, folder / f"{name}.log"):
+        return asyncio.run(rate_of(bootstrap, f"{name}-recommendations", clicks))
+
+
+@contextmanager
+def running(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[None]:
+    """A process for the length of a block, ended by its own id."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    try:
+        yield
+    except TimeoutError:
+        sys.exit(f"{command[-2:]} never wrote a recommendation; the end of its log:\n{log.read_text()[-2000:]}")
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+async def rate_of(bootstrap: str, topic: str, clicks: int) -> float:
+    """Recommendations a second, from the first sight of any to the last of them or the end of the round."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap)
+    await consumer.start()
+    partitions = [TopicPartition(topic, partition) for partition in range(PARTITIONS)]
+    try:
+        points: list[tuple[float, int]] = []
+        give_up = time.monotonic() + 60
+        while not points or (points[-1][1] < clicks and points[-1][0] < points[0][0] + ROUND_SECONDS):
+            count = sum((await consumer.end_offsets(partitions)).values())
+            if count and (not points or count > points[-1][1]):
+                points.append((time.monotonic(), count))
+            if not points and time.monotonic() > give_up:
+                raise TimeoutError
+            if points and time.monotonic() > points[0][0] + ROUND_SECONDS:
+                break
+            await asyncio.sleep(0.05)
+    finally:
+        await consumer.stop()
+    (start, first), (stop, last) = points[0], points[-1]
+    return (last - first) / (stop - start)
+
+
+if __name__ == "__main__":
+    main()
