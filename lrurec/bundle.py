@@ -115,12 +115,27 @@ def load_bundle(folder: Path | str) -> Bundle:
 
 
 def _model_of(config: LRURecConfig, weights: Mapping[str, Tensor], source: str) -> LRURec:
+    # Before a model is built: a config that was tampered with must not cost more memory than the weights do.
+    if fault := _size_fault(config, weights):
+        raise BundleError(f"{source}: {fault}")
     with torch.device("meta"):
         model = LRURec(config)
     if fault := _first_fault(model.state_dict(), weights):
         raise BundleError(f"{source}: {fault}")
     model.load_state_dict(dict(weights), assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _size_fault(config: LRURecConfig, weights: Mapping[str, Tensor]) -> str | None:
+    table = weights.get("item_embedding.weight")
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    shape = None if table is None else list(table.shape)
+    if shape == [config.num_items + 1, config.hidden_units] and len(blocks) == config.num_blocks:
+        return None
+    return (
+        f"weights have an item table {shape} and {len(blocks)} blocks, the architecture says "
+        f"{[config.num_items + 1, config.hidden_units]} and {config.num_blocks}; are the files of one bundle?"
+    )
 
 
 def _first_fault(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:

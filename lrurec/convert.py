@@ -16,7 +16,10 @@ Its `state_dict`, by name; d = hidden units, h = 2d:
 
 import pickle
 import re
+import struct
+import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,6 +37,12 @@ PREFIX = "param/"
 
 WRAPPERS = ("model_state_dict", "state_dict")
 """Keys under which training programs keep the state_dict beside the optimizer's."""
+
+UNREADABLE = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
+    *(TypeError, ValueError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error),
+)
+"""What numpy's and torch's readers raise over files made to mislead them."""
 
 EMBEDDING = "embedding.token.weight"
 BLOCK = re.compile(r"model\.lru_blocks\.(\d{1,4})\.")
@@ -68,11 +77,12 @@ def read_published(path: Path) -> dict[str, Tensor]:
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            prefixed = any(name.startswith(PREFIX) for name in file.files)
-            names = [name for name in file.files if name.startswith(PREFIX) or not prefixed]
-            arrays = {name.removeprefix(PREFIX): file[name] for name in names}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError, MemoryError) as error:
+        # Opened here: numpy forgets to close a file that turns out not to be an archive.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            prefixed = any(name.startswith(PREFIX) for name in archive.files)
+            names = [name for name in archive.files if name.startswith(PREFIX) or not prefixed]
+            arrays = {name.removeprefix(PREFIX): archive[name] for name in names}
+    except UNREADABLE as error:
         raise CheckpointError(f"{path} is not a .npz of plain arrays ({_one_line(error)}); nothing was run") from error
     return {name: _tensor_of(name, array, path) for name, array in arrays.items()}
 
@@ -86,8 +96,9 @@ def _tensor_of(name: str, array: object, path: Path) -> Tensor:
 
 def _read_pth(path: Path) -> dict[str, Tensor]:
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError) as error:
+        with warnings.catch_warnings(action="ignore"):  # of pickle's protocols, which say nothing to a user
+            value = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
         raise CheckpointError(
             f"{path} is not a .pth of tensors only ({_one_line(error)}); nothing in it was run"
         ) from error
