@@ -7,6 +7,9 @@ from typing import Literal, TypeAlias, get_args
 from lrurec.config import LRURecConfig
 from lrurec.errors import TrainingError
 
+MAX_SEEDS = 1 << 31
+"""A step draws from seed * 2³² + step, which must fit in 64 bits."""
+
 PresetName: TypeAlias = Literal["default", "ml-1m", "beauty", "video", "eshop"]
 
 
@@ -59,6 +62,8 @@ class TrainingSettings:
         for name in ("batch_size", "max_steps", "validate_every", "patience"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.seed < MAX_SEEDS:
+            raise TrainingError(f"seed is {self.seed}; it must be at least 0 and below {MAX_SEEDS}")
         if not 0 <= self.average_decay < 1:
             raise TrainingError(f"average_decay is {self.average_decay}; it must be at least 0 and below 1")
 

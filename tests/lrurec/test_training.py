@@ -1,0 +1,253 @@
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from lrurec import train_command
+from lrurec.bundle import load_bundle
+from lrurec.catalogue import Catalogue
+from lrurec.checkpoint import checkpoint_of
+from lrurec.errors import DeviceError, TrainingError
+from lrurec.evaluation import evaluate
+from lrurec.interactions import Histories, Interactions, read_interactions
+from lrurec.presets import PRESETS, TrainingSettings, preset
+from lrurec.training import train
+
+SETTINGS = TrainingSettings(
+    hidden_units=8,
+    num_blocks=1,
+    max_len=10,
+    batch_size=16,
+    max_steps=60,
+    learning_rate=1e-2,
+    validate_every=20,
+    average_decay=0.9,
+    threads=1,
+)
+
+
+def cyclic_log(users=60, num_items=12, seed=0):
+    """Everybody clicks 1, 2, 3, … in a circle from a random item: after one click the next is certain."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(4, 9, users)
+    starts = generator.integers(0, num_items, users)
+    items = [(start + np.arange(length)) % num_items + 1 for start, length in zip(starts, lengths, strict=True)]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    catalogue = Catalogue(f"i{row:02}" for row in range(num_items))
+    user_ids = tuple(f"u{index}" for index in range(users))
+    return Interactions(user_ids, catalogue, Histories(np.concatenate(items).astype(np.int32), offsets))
+
+
+def weights(bundle):
+    return bundle.model.state_dict()
+
+
+def assert_equal_weights(one, other):
+    assert one.version == other.version
+    for name, value in weights(one).items():
+        assert torch.equal(value, weights(other)[name]), name
+
+
+@pytest.fixture(scope="module")
+def unbroken():
+    return train(cyclic_log(), SETTINGS)
+
+
+def test_what_is_certain_is_learnt():
+    log = cyclic_log()
+    bundle = train(log, dataclasses.replace(SETTINGS, max_steps=300, dropout=0.0, average_decay=0.0))
+    metrics = evaluate(bundle, log).model
+    assert metrics.ndcg_at_10 > 0.95
+
+
+def test_equal_arguments_give_equal_weights(unbroken):
+    assert_equal_weights(train(cyclic_log(), SETTINGS), unbroken)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"dropout": 0.3}, {"label_smoothing": 0.1}, {"average_decay": 0.0}])
+def test_other_settings_give_other_weights(unbroken, change):
+    assert train(cyclic_log(), dataclasses.replace(SETTINGS, **change)).version != unbroken.version
+
+
+def test_training_leaves_torch_as_it_was():
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    train(cyclic_log(), dataclasses.replace(SETTINGS, max_steps=2, threads=2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+
+
+def test_the_best_validated_weights_are_kept():
+    reports = []
+    bundle = train(cyclic_log(), SETTINGS, on_report=reports.append)
+    validated = {report.step: report.validation.recall_at_10 for report in reports if report.validation}
+    assert list(validated) == [20, 40, 60]
+    assert bundle.metadata["best_step"] == max(validated, key=validated.get)
+    assert bundle.metadata["metrics"]["validation"]["recall@10"] == pytest.approx(max(validated.values()), abs=1e-6)
+
+
+def test_training_ends_early_without_progress():
+    settings = dataclasses.replace(SETTINGS, learning_rate=1e-12, max_steps=10_000, validate_every=5, patience=2)
+    assert train(cyclic_log(), settings).metadata["steps"] == 15
+
+
+def test_the_metadata_say_where_a_model_comes_from(unbroken):
+    log, metadata = cyclic_log(), unbroken.metadata
+    assert metadata["data"] == {
+        "fingerprint": log.fingerprint,
+        "users": 60,
+        "items": 12,
+        "clicks": len(log.histories.items),
+    }
+    assert metadata["settings"] == SETTINGS.to_json()
+    assert set(metadata["versions"]) == {"python", "torch", "numpy"}
+    assert metadata["metrics"]["test"] == evaluate(unbroken, log).model.to_json()
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("interrupted_at", [20, 40])
+def test_a_training_that_was_broken_off_goes_on_to_the_same_weights(tmp_path, unbroken, interrupted_at):
+    def interrupt(report):
+        if report.step >= interrupted_at:
+            raise Interrupted
+
+    checkpoint = tmp_path / "c.safetensors"
+    with pytest.raises(Interrupted):
+        train(cyclic_log(), SETTINGS, checkpoint=checkpoint, on_report=interrupt)
+    reports = []
+    resumed = train(cyclic_log(), SETTINGS, checkpoint=checkpoint, on_report=reports.append)
+    assert reports[0].step > interrupted_at
+    assert_equal_weights(resumed, unbroken)
+
+
+def test_a_checkpoint_of_another_training_is_refused_and_kept(tmp_path):
+    checkpoint = tmp_path / "c.safetensors"
+    train(cyclic_log(), SETTINGS, checkpoint=checkpoint)
+    content = checkpoint.read_bytes()
+    for log, settings in [(cyclic_log(seed=1), SETTINGS), (cyclic_log(), dataclasses.replace(SETTINGS, seed=9))]:
+        with pytest.raises(TrainingError, match="other data or arguments"):
+            train(log, settings, checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda content: content[: len(content) // 2], lambda content: b"", lambda content: b"x" * 99]
+)
+def test_a_harmed_checkpoint_is_refused_in_one_line(tmp_path, harm):
+    checkpoint = tmp_path / "c.safetensors"
+    train(cyclic_log(), dataclasses.replace(SETTINGS, max_steps=1), checkpoint=checkpoint)
+    checkpoint.write_bytes(harm(checkpoint.read_bytes()))
+    with pytest.raises(TrainingError, match="delete it") as refused:
+        train(cyclic_log(), dataclasses.replace(SETTINGS, max_steps=1), checkpoint=checkpoint)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_catalogue_may_hold_items_that_were_never_clicked():
+    log = cyclic_log()
+    wider = Catalogue([*log.catalogue.item_ids, "new"])
+    assert train(log, dataclasses.replace(SETTINGS, max_steps=1), catalogue=wider).catalogue == wider
+
+
+def test_histories_too_short_to_validate_on_are_refused():
+    log = cyclic_log()
+    short = Interactions(log.user_ids, log.catalogue, log.histories.last(2))
+    with pytest.raises(TrainingError, match="3 clicks"):
+        train(short, SETTINGS)
+
+
+@pytest.mark.parametrize("device", ["cuda", "tpu"])
+def test_a_device_that_is_not_there_is_refused(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match=device):
+        train(cyclic_log(), SETTINGS, device=device)
+
+
+def test_an_unknown_preset_is_refused_by_name():
+    with pytest.raises(TrainingError, match="eshop"):
+        preset("ebay")
+
+
+@pytest.mark.parametrize("settings", PRESETS.values(), ids=PRESETS)
+def test_a_preset_describes_a_model(settings):
+    assert settings.architecture(100).num_items == 100
+    assert settings.rate_at(settings.max_steps - 1) > 0
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 0}, {"max_steps": -1}, {"average_decay": 1.0}, {"seed": -1}])
+def test_settings_out_of_range_are_refused_by_name(change):
+    with pytest.raises(TrainingError, match=next(iter(change))):
+        dataclasses.replace(SETTINGS, **change)
+
+
+KILLED = TrainingSettings(hidden_units=16, num_blocks=1, batch_size=32, max_steps=150, validate_every=10, threads=1)
+
+PROGRAM = textwrap.dedent(
+    f"""
+    import sys
+    from pathlib import Path
+    from lrurec import train_command
+    from lrurec.presets import TrainingSettings
+
+    train_command.preset = lambda name: {KILLED!r}
+    log, out = map(Path, sys.argv[1:])
+    train_command.train_bundle(log, out, preset_name="default", max_steps=None, seed=3, device="cpu")
+    """
+)
+
+
+def start_training(log, out):
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(log), str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(path, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def log_file(tmp_path):
+    log = cyclic_log(users=300, num_items=40)
+    rows = ["user_id,item_id,position"]
+    for index, user in enumerate(log.user_ids):
+        rows += [f"{user},i{row},{place}" for place, row in enumerate(log.histories[index].tolist())]
+    (tmp_path / "log.csv").write_text("\n".join(rows))
+    return tmp_path / "log.csv"
+
+
+def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(tmp_path, log_file, monkeypatch, capsys):
+    out = tmp_path / "shop.bundle"
+    first = start_training(log_file, out)
+    wait_for(checkpoint_of(out), first)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    assert not out.exists()
+    second = start_training(log_file, out)
+    output = second.communicate(timeout=60)[0]
+    assert second.returncode == 0, output
+    assert "going on from" in output
+    assert not checkpoint_of(out).exists()
+    undisturbed = train(read_interactions(log_file), dataclasses.replace(KILLED, seed=3), device="cpu")
+    assert_equal_weights(load_bundle(out), undisturbed)
+    # The same command once more has nothing left to do.
+    monkeypatch.setattr(train_command, "preset", lambda name: KILLED)
+    train_command.train_bundle(log_file, out, preset_name="default", max_steps=None, seed=3, device="cpu")
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_the_log_that_was_trained_on_is_the_one_in_the_file(log_file):
+    assert read_interactions(log_file).histories.lengths.tolist() == cyclic_log(300, 40).histories.lengths.tolist()
