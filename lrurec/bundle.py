@@ -84,7 +84,13 @@ def save_bundle(folder: Path | str, bundle: Bundle) -> None:
 
 
 def require_writable_target(folder: Path) -> None:
-    """Raise `BundleError` unless a bundle may be written here: nothing, an empty folder, or an older bundle."""
+    """Raise `BundleError` unless a bundle may be written here: nothing, an empty folder, or an older bundle.
+
+    To be asked before a training, not after it.
+    """
+    parent = next(path for path in folder.absolute().parents if os.path.lexists(path))
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise BundleError(f"{folder} cannot be written: {parent} is no folder that may be written to; name another")
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not folder.is_dir():

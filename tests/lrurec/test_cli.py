@@ -1,0 +1,218 @@
+"""The commands as users and programs meet them."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lrurec import presets, train_command
+from lrurec.bundle import load_bundle, save_bundle
+from lrurec.cli import main
+from lrurec.recommendation import recommend
+
+COMMAND = [sys.executable, "-c", "from lrurec.cli import main; main()"]
+SHOP = Path(__file__).parents[2] / "stream_app" / "dev" / "eshop" / "clicks.csv.gz"
+
+
+@pytest.fixture
+def lrurec(capsys):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path, small_bundle):
+    save_bundle(tmp_path / "b", small_bundle)
+    return tmp_path / "b"
+
+
+@pytest.fixture
+def log(tmp_path):
+    rows = [f"u{user},item-{(user + place) % 20 + 1},{place}" for user in range(50) for place in range(user % 6 + 1)]
+    (tmp_path / "log.csv").write_text("\n".join(["user_id,item_id,position", *rows]))
+    return tmp_path / "log.csv"
+
+
+@pytest.fixture
+def quick_preset(monkeypatch):
+    quick = dataclasses.replace(presets.preset("eshop"), hidden_units=8, validate_every=10)
+    monkeypatch.setattr(train_command, "preset", lambda name: quick)
+
+
+def assert_one_line(text):
+    assert text.startswith("lrurec: ")
+    assert text.endswith("\n")
+    assert text.count("\n") == 1
+
+
+class TestHelp:
+    @pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["recommend"], ["convert"]])
+    def test_shows_an_example(self, lrurec, command):
+        code, out, _ = lrurec(*command, "--help")
+        assert code == 0
+        assert f"Example:\n  lrurec {' '.join(command)}" in out
+
+    def test_names_the_presets_that_there_are(self, lrurec):
+        assert (
+            "[" + "|".join(sorted(presets.PRESETS, key=list(presets.PRESETS).index)) + "]"
+            in lrurec("train", "--help")[1]
+        )
+
+    def test_does_not_wait_for_torch(self):
+        program = "import sys; sys.modules['torch'] = None\nfrom lrurec.cli import main; main(['train', '--help'])"
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+class TestConvert:
+    def test_makes_a_bundle_of_the_published_weights(self, lrurec, golden, tmp_path):
+        code, out, _ = lrurec("convert", golden.path, "--out", tmp_path / "b")
+        assert code == 0
+        assert golden.bundle.version in out
+        assert load_bundle(tmp_path / "b").version == golden.bundle.version
+
+    def test_never_writes_over_other_files(self, lrurec, golden, tmp_path):
+        (tmp_path / "mine.txt").write_text("mine")
+        code, _, err = lrurec("convert", golden.path, "--out", tmp_path)
+        assert code == 1
+        assert_one_line(err)
+        assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+class TestRecommend:
+    def test_prints_the_json_of_the_contract(self, lrurec, folder, small_bundle):
+        code, out, err = lrurec("recommend", folder, "--items", "item-3, x,item-5", "-k", 4, "--json")
+        expected = recommend(small_bundle, ["item-3", "item-5"], 4)
+        assert code == 0
+        assert err == ""
+        assert json.loads(out) == {
+            "items": [{"item_id": item.item_id, "score": item.score} for item in expected.items],
+            "model_version": small_bundle.version,
+            "clicks": 2,
+            "unknown_items": ["x"],
+        }
+
+    def test_gives_ten_items_after_no_clicks(self, lrurec, folder):
+        value = json.loads(lrurec("recommend", folder, "--json")[1])
+        assert len(value["items"]) == 10
+        assert value["clicks"] == 0
+
+    def test_includes_seen_items_if_asked(self, lrurec, folder):
+        out = lrurec("recommend", folder, "--items", "item-3", "-k", 50, "--include-seen", "--json")[1]
+        assert len(json.loads(out)["items"]) == 20
+
+    def test_prints_a_line_an_item_and_names_what_it_skipped(self, lrurec, folder):
+        code, out, err = lrurec("recommend", folder, "--items", "item-3,x", "-k", 5)
+        assert code == 0
+        assert len(out.splitlines()) == 5
+        assert "x" in err
+
+
+class TestEvaluate:
+    def test_prints_the_json_of_the_contract(self, lrurec, folder, log):
+        code, out, _ = lrurec("evaluate", folder, "--interactions", log, "--json")
+        value, four = json.loads(out), {"recall@10", "ndcg@10", "recall@20", "ndcg@20"}
+        assert code == 0
+        assert set(value) == {"users", "baselines"} | four
+        assert set(value["baselines"]["popular"]) == four
+        assert value["users"] == 32
+
+    def test_prints_a_table(self, lrurec, folder, log):
+        code, out, _ = lrurec("evaluate", folder, "--interactions", log)
+        assert code == 0
+        assert [line.split()[0] for line in out.splitlines()] == ["32", "model", "popular"]
+
+
+@pytest.mark.usefixtures("quick_preset")
+class TestTrain:
+    def test_writes_a_bundle_and_leaves_nothing_beside_it(self, lrurec, log, tmp_path):
+        code, out, _ = lrurec("train", "--interactions", log, "--out", tmp_path / "b", "--max-steps", 25, "--seed", 7)
+        bundle = load_bundle(tmp_path / "b")
+        assert code == 0
+        assert bundle.version in out.splitlines()[-1]
+        assert "validation recall@10" in out
+        assert bundle.metadata["settings"]["seed"] == 7
+        assert bundle.metadata["steps"] == 25
+        assert {path.name for path in tmp_path.iterdir()} == {"b", "log.csv"}
+
+    def test_once_more_finds_its_bundle_and_does_nothing(self, lrurec, log, tmp_path):
+        command = ("train", "--interactions", log, "--out", tmp_path / "b", "--max-steps", 5)
+        last = lrurec(*command)[1].splitlines()[-1]
+        before = (tmp_path / "b" / "model.safetensors").stat()
+        code, out, _ = lrurec(*command)
+        assert (code, out) == (0, last + "\n")
+        assert (tmp_path / "b" / "model.safetensors").stat() == before
+
+    def test_with_other_arguments_replaces_the_bundle(self, lrurec, log, tmp_path):
+        command = ("train", "--interactions", log, "--out", tmp_path / "b", "--max-steps")
+        lrurec(*command, 5)
+        assert lrurec(*command, 6)[0] == 0
+        assert load_bundle(tmp_path / "b").metadata["steps"] == 6
+
+    def test_refuses_a_folder_of_other_files_before_it_trains(self, lrurec, log, tmp_path):
+        code, out, err = lrurec("train", "--interactions", log, "--out", tmp_path)
+        assert (code, out) == (1, "")
+        assert_one_line(err)
+
+
+ERRORS = {
+    "no such bundle": (["recommend", "nothing"], 1),
+    "no such log": (["evaluate", "b", "--interactions", "nothing.csv"], 1),
+    "no such checkpoint": (["convert", "nothing.pth", "--out", "x"], 1),
+    "a log for a bundle": (["recommend", "log.csv"], 1),
+    "a target that is a file": (["train", "--interactions", "log.csv", "--out", "log.csv"], 1),
+    "a target below a file": (["train", "--interactions", "log.csv", "--out", "log.csv/b", "--max-steps", "1"], 1),
+    "an unknown preset": (["train", "--interactions", "log.csv", "--out", "x", "--preset", "ebay"], 2),
+    "no steps": (["train", "--interactions", "log.csv", "--out", "x", "--max-steps", "0"], 2),
+    "a missing option": (["train"], 2),
+    "a missing argument": (["recommend"], 2),
+    "an unknown command": (["advise"], 2),
+    "an unknown option": (["recommend", "b", "--colour"], 2),
+    "k below one": (["recommend", "b", "-k", "0"], 2),
+}
+
+
+@pytest.mark.usefixtures("quick_preset", "folder", "log")
+@pytest.mark.parametrize("error", ERRORS)
+def test_an_error_is_one_line_on_stderr(lrurec, tmp_path, monkeypatch, error):
+    arguments, expected = ERRORS[error]
+    monkeypatch.chdir(tmp_path)
+    code, out, err = lrurec(*arguments)
+    assert (code, out) == (expected, "")
+    assert_one_line(err)
+
+
+def test_an_interrupt_ends_quietly_with_130(tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, "train", "--interactions", str(SHOP), "--out", str(tmp_path / "b"), "--preset", "eshop"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline().endswith("items\n")
+    assert process.stdout.readline().startswith("step ")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "")
+
+
+def test_a_reader_that_goes_away_gets_no_traceback(folder):
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(
+        [*COMMAND, "recommend", str(folder)], stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+    assert "Traceback" not in ended.stderr
+    assert ended.returncode == 1
