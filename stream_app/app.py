@@ -32,6 +32,7 @@ class Parts:
     """The assembled worker, not yet started; `worker.run` starts and stops it."""
 
     app: faust.App
+    clicks_topic: str
     bundle: Bundle
     publisher: Publisher
     pipeline: Pipeline
@@ -83,15 +84,20 @@ def build_parts(settings: Settings) -> Parts:
         timeout_seconds=settings.broker_timeout_seconds + 5,
     )
     add_agent(app, settings, pipeline)
-    health = HealthServer(metrics, lambda: is_ready(app), lambda: refresh_lag(app, settings.clicks_topic, metrics))
-    return Parts(app, bundle, publisher, pipeline, health, metrics)
+    health = HealthServer(metrics, lambda: is_ready(app), lambda: _refresh(app, settings.clicks_topic, metrics))
+    return Parts(app, settings.clicks_topic, bundle, publisher, pipeline, health, metrics)
 
 
 def build_app(settings: Settings) -> faust.App:
     """The Faust app: consumer group, rebalancing, table recovery and commits; batches for messages."""
     servers = [URL(f"kafka://{server}") for server in settings.broker.split(",")]
     folder = settings.state_dir.absolute() / settings.app_id
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise SettingsError(
+            f"STREAM_APP_STATE_DIR={settings.state_dir} can't be used ({error.strerror}); name a folder that can be written"
+        ) from None
     app = faust.App(
         settings.app_id,
         broker=servers,
@@ -130,14 +136,20 @@ def is_ready(app: faust.App) -> bool:
     return bool(app.tables.actives_ready and not app.rebalancing)
 
 
-def refresh_lag(app: faust.App, clicks_topic: str, metrics: Metrics) -> None:
-    """Set the lag of each assigned partition: clicks in the log that no commit has passed."""
+def lag_of(app: faust.App, clicks_topic: str) -> dict[int, int]:
+    """Assigned partition → clicks in the log that no commit has passed, as far as the last poll saw."""
+    if not is_ready(app):
+        return {}
+    ends, committed = app.monitor.tp_end_offsets, app.monitor.tp_committed_offsets
+    ours = [tp for tp in app.consumer.assignment() if tp.topic == clicks_topic]
+    return {tp.partition: max(0, ends.get(tp, 0) - committed.get(tp, 0)) for tp in ours}
+
+
+def _refresh(app: faust.App, clicks_topic: str, metrics: Metrics) -> None:
     metrics.ready.set(is_ready(app))
     metrics.lag.clear()
-    ends, committed = app.monitor.tp_end_offsets, app.monitor.tp_committed_offsets
-    for tp in app.consumer.assignment() if is_ready(app) else ():
-        if tp.topic == clicks_topic:
-            metrics.lag.labels(tp.partition).set(max(0, ends.get(tp, 0) - committed.get(tp, 0)))
+    for partition, clicks in lag_of(app, clicks_topic).items():
+        metrics.lag.labels(partition).set(clicks)
 
 
 def _credentials(settings: Settings) -> faust.types.auth.CredentialsT | None:

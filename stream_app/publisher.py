@@ -10,7 +10,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 from aiokafka.producer.message_accumulator import BatchBuilder
 
-from stream_app.errors import WorkerError
+from stream_app.errors import BrokerUnavailable, WorkerError
 from stream_app.messages import DeadLetter
 from stream_app.micro_batch import KeyValue
 from stream_app.partitioner import partitions_of
@@ -47,13 +47,19 @@ class Publisher:
         """Connect, and learn how many partitions the topics have.
 
         All topics are named at once: a producer that knew a topic from bootstrap alone would forget it later, and fail.
+
+        Raises:
+            BrokerUnavailable: Kafka did not answer in time.
         """
-        async with asyncio.timeout(self._timeout_seconds):
-            await self._producer.start()
-            topics = list(topics)
-            await self._producer.client.set_topics(topics)
-            for topic in topics:
-                self._partitions[topic] = len(await self._producer.partitions_for(topic))
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                await self._producer.start()
+                topics = list(topics)
+                await self._producer.client.set_topics(topics)
+                for topic in topics:
+                    self._partitions[topic] = len(await self._producer.partitions_for(topic))
+        except (TimeoutError, KafkaError) as error:
+            raise BrokerUnavailable(f"Kafka did not let the producer in: {error!r}") from None
 
     async def stop(self) -> None:
         """Disconnect; what is not acknowledged by then may be lost."""

@@ -6,6 +6,7 @@ import re
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -234,6 +235,17 @@ class Settings:
 def variable(setting: Field[Any]) -> str:
     """The environment variable of a field of `Settings`."""
     return PREFIX + setting.name.upper()
+
+
+def misspelt(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that look like settings and are none → the setting that was probably meant.
+
+    Only near misses: Kubernetes puts variables of its own, named after services, beside ours.
+    """
+    known = [variable(each) for each in fields(Settings)]
+    unknown = [name for name in environment if name.startswith(PREFIX) and name not in known]
+    close = {name: get_close_matches(name, known, n=1, cutoff=0.9) for name in unknown}
+    return {name: matches[0] for name, matches in close.items() if matches}
 
 
 def _parse(name: str, text: str, setting: Field[Any]) -> Any:

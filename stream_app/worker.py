@@ -13,12 +13,13 @@ import structlog
 import uvloop
 from threadpoolctl import threadpool_limits
 
-from stream_app.app import Parts, build_parts, is_ready
+from lrurec.errors import LRURecError
+from stream_app.app import Parts, build_parts, is_ready, lag_of
 from stream_app.errors import StreamAppError, WorkerError
 from stream_app.logs import configure_logging
 from stream_app.metrics import value
 from stream_app.record_batches import RecordBatchConsumer
-from stream_app.settings import Settings
+from stream_app.settings import Settings, misspelt
 from stream_app.topics import verify_topics
 
 log = structlog.get_logger(__name__)
@@ -37,6 +38,8 @@ def run_worker(settings: Settings) -> None:
         StreamAppError, lrurec.errors.LRURecError: the worker can't start, or can't go on.
     """
     configure_logging(settings)
+    for name, meant in misspelt(os.environ).items():
+        log.warning("variable is no setting", variable=name, did_you_mean=meant)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_run(settings))
 
@@ -138,7 +141,7 @@ async def _end_process(parts: Parts, error: Exception) -> NoReturn:
 
     No orderly stop: Faust's would wait for clicks that nobody will acknowledge. The durable order makes that safe.
     """
-    unexpected = not isinstance(error, StreamAppError)
+    unexpected = not isinstance(error, (StreamAppError, LRURecError))
     log.error("ended", error=str(error) or repr(error), exc_info=error if unexpected else None)
     try:
         async with asyncio.timeout(_LAST_SECONDS):
@@ -167,6 +170,7 @@ async def _report_progress(parts: Parts) -> None:
                     clicks=int(clicks),
                     clicks_per_second=round((clicks - counted) / (now - last)),
                     skipped=int(value(parts.metrics.skipped)),
+                    lag=sum(lag_of(parts.app, parts.clicks_topic).values()),
                     unknown_items=int(value(parts.metrics.unknown_items)),
                     dead_letters=int(value(parts.metrics.dead_letters)),
                 )
