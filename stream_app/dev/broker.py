@@ -134,6 +134,8 @@ class LocalBroker:
         Raises:
             BrokerUnavailable: no Java, no jars, the port or the folder is taken, or Kafka did not come up.
         """
+        if self._process:
+            raise RuntimeError(f"the broker at {self.bootstrap} runs already")
         java = find_java()
         jars = ensure_jars(cache_folder() / "jars", report=self._report)
         deadline = Deadline.after(seconds)
@@ -216,6 +218,8 @@ class LocalBroker:
                 # A free port was free when it was chosen; somebody else may have been quicker.
                 if attempt == _PORT_TRIES:
                     raise
+                if self._process:
+                    self._process.kill()
 
     def _launch(self, java: Java, jars: list[Path], deadline: Deadline) -> None:
         properties = self._write_properties()
@@ -282,24 +286,25 @@ class LocalBroker:
     def _await_readiness(self, process: GuardedProcess, deadline: Deadline) -> None:
         while not _serves_cluster(self._port, self._cluster_id):
             if process.exit_code() is not None:
-                words = self._last_words()
-                if "Address already in use" in words:
+                if "Address already in use" in self._log():
                     raise PortTaken(self._port)
-                raise BrokerUnavailable(f"the local broker did not start: {words}")
+                raise BrokerUnavailable(f"the local broker did not start: {self._last_words()}")
             if deadline.expired:
                 raise BrokerUnavailable(f"the local broker was not ready in time: {self._last_words()}")
             time.sleep(_POLL_SECONDS)
 
     def _last_words(self) -> str:
         """The log's last line that tells of trouble and the one after it, else its last line; and where the log is."""
-        try:
-            text = self.log_file.read_text("utf-8", "replace")
-        except OSError:
-            text = ""
-        lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("\tat ")]
+        lines = [line.strip() for line in self._log().splitlines() if line.strip() and not line.startswith("\tat ")]
         trouble = [number for number, line in enumerate(lines) if _TROUBLE.search(line)]
         words = lines[trouble[-1] :][:2] if trouble else lines[-1:]
         return f"{': '.join(words)[:300] or 'it said nothing'}; {self._see_log()}"
+
+    def _log(self) -> str:
+        try:
+            return self.log_file.read_text("utf-8", "replace")
+        except OSError:
+            return ""
 
     def _see_log(self) -> str:
         return f"see {self.log_file}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Final, Literal, TypedDict
 
 from rich.console import Group, RenderableType
 from rich.layout import Layout
@@ -18,6 +19,16 @@ _BAR_CELLS = 30
 _CLICKS_OF_FOLLOWED = 4  # with the list of 10, what a terminal of 24 lines can hold
 
 
+class _OneLine(TypedDict):
+    """Arguments of a text that is cut rather than wrapped."""
+
+    no_wrap: bool
+    overflow: Literal["ellipsis"]
+
+
+_ONE_LINE: Final[_OneLine] = {"no_wrap": True, "overflow": "ellipsis"}
+
+
 @dataclass(frozen=True)
 class View:
     """Draws scoreboards of one demo."""
@@ -30,7 +41,7 @@ class View:
     def screen(self, board: Scoreboard, now: float) -> RenderableType:
         """A full screen: counts on top, below them one shopper's list and everybody's latest clicks."""
         layout = Layout()
-        layout.split_column(Layout(self._counts(board, now), size=7), Layout(name="below"))
+        layout.split_column(Layout(self._counts(board, now), size=6), Layout(name="below"))
         layout["below"].split_row(Layout(self._followed(board.followed), ratio=3), Layout(self._latest(board), ratio=2))
         return layout
 
@@ -63,24 +74,24 @@ class View:
 
     def _counts(self, board: Scoreboard, now: float) -> RenderableType:
         p50, p99 = board.recent_latencies
-        figures = Table.grid(padding=(0, 3))
-        figures.add_row(
-            Text.assemble((self._progress(board), "bold"), " clicks"),
-            Text.assemble((f"{board.rate(now):,.0f}", "bold"), " clicks/s"),
-            Text.assemble("latency p50 ", (_ms(p50), "bold"), " p99 ", (_ms(p99), "bold")),
-            Text.assemble("lag ", (f"{board.lag:,}", "bold")),
-            Text.assemble("dead letters ", (f"{board.dead_letters:,}", "bold red" if board.dead_letters else "bold")),
+        figures = Text.assemble(
+            *((self._progress(board), "bold"), " clicks   "),
+            *((f"{board.rate(now):,.0f}", "bold"), "/s   "),
+            *("latency p50 ", (_ms(p50), "bold"), " p99 ", (_ms(p99), "bold")),
+            *("   lag ", (f"{board.lag:,}", "bold")),
+            *("   dead letters ", (f"{board.dead_letters:,}", "bold red" if board.dead_letters else "bold")),
+            **_ONE_LINE,
         )
         recall = Table.grid(padding=(0, 2))
         recall.add_row("LRURec", _bar(board.recall, "green"), Text(_percent(board.recall), "bold green"))
         recall.add_row("most popular", _bar(board.popular_recall, "yellow"), _percent(board.popular_recall))
         caption = Text(
-            f"How often the next click was among the {K} items just recommended"
-            f" ({board.judged:,} next clicks on items new to their session)",
+            f"Of {board.judged:,} next clicks on items new to their session, among the {K} just recommended:",
             "dim",
+            **_ONE_LINE,
         )
         title = f"[bold]stream-app demo[/]  Kafka {self.bootstrap}  [dim]Ctrl-C ends it[/]"
-        return Panel(Group(figures, Text(), caption, recall), title=title, title_align="left")
+        return Panel(Group(figures, caption, recall), title=title, title_align="left")
 
     def _followed(self, shopper: Shopper | None) -> RenderableType:
         if shopper is None:
@@ -111,7 +122,10 @@ class View:
         return Group(table, Text(), left)
 
     def _latest(self, board: Scoreboard) -> RenderableType:
-        table = Table.grid(padding=(0, 1))
+        table = Table.grid(padding=(0, 1), expand=True)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        table.add_column(no_wrap=True)
         for click in board.latest_clicks:
             verdict, style = _verdict(click)
             table.add_row(Text(click.user_id, "dim"), Text(self.shop.title(click.item_id)), Text(verdict, style))
