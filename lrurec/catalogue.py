@@ -1,7 +1,6 @@
 """Which item stands in which row of the model's item table."""
 
 from collections.abc import Iterable, Sequence
-from typing import Self
 
 import numpy as np
 
@@ -32,7 +31,7 @@ class Catalogue:
             raise CatalogueError(_name_duplicate(self._item_ids))
 
     @classmethod
-    def from_text(cls, text: str) -> Self:
+    def from_text(cls, text: str) -> "Catalogue":
         """A catalogue out of one item id a line, for rows 1..N in order."""
         lines = text.replace("\r\n", "\n").split("\n")
         return cls(lines[:-1] if lines[-1] == "" else lines)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from lrurec.errors import ConfigError
 
@@ -47,7 +47,7 @@ class LRURecConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
+    def from_json(cls, value: Mapping[str, Any]) -> "LRURecConfig":
         """The config whose `to_json` this is. Unknown and missing names are refused."""
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(value) - names):

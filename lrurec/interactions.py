@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -107,10 +107,10 @@ class Interactions:
             digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
         return digest.hexdigest()[:16]
 
-    def take(self, users: slice) -> Self:
+    def take(self, users: slice) -> "Interactions":
         """The same log with some users only; the catalogue stays whole, so that rows keep their meaning."""
         chosen = np.arange(len(self.user_ids), dtype=np.int64)[users]
-        return type(self)(self.user_ids[users], self.catalogue, self.histories.take(chosen))
+        return Interactions(self.user_ids[users], self.catalogue, self.histories.take(chosen))
 
     def histories_in(self, catalogue: Catalogue) -> Histories:
         """The histories as rows of another catalogue, 0 for items that it doesn't hold."""
