@@ -96,7 +96,8 @@ def build_app(settings: Settings) -> faust.App:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise SettingsError(
-            f"STREAM_APP_STATE_DIR={settings.state_dir} can't be used ({error.strerror}); name a folder that can be written"
+            f"STREAM_APP_STATE_DIR={settings.state_dir} can't be used ({error.strerror}); "
+            "name a folder that this user can write to"
         ) from None
     app = faust.App(
         settings.app_id,
