@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from lrurec.errors import LRURecError
+from lrurec.presets import PRESETS
 
 _ERROR = 1
 _INTERRUPTED = 130  # a shell's code for a command that Ctrl-C ended
@@ -110,7 +111,7 @@ def _commands() -> None:
 @click.option(
     "--preset",
     "preset_name",
-    type=click.Choice(["default", "ml-1m", "beauty", "video", "eshop"]),
+    type=click.Choice(list(PRESETS)),
     default="default",
     show_default=True,
     help="Sizes and recipe for a data set; `default` is the paper's.",

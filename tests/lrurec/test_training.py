@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from lrurec.evaluation import evaluate
 from lrurec.interactions import Histories, Interactions, read_interactions
 from lrurec.presets import PRESETS, TrainingSettings, preset
 from lrurec.training import train
+
+SHOP = Path(__file__).parents[2] / "stream_app" / "dev" / "eshop" / "clicks.csv.gz"
 
 SETTINGS = TrainingSettings(
     hidden_units=8,
@@ -65,6 +68,13 @@ def test_what_is_certain_is_learnt():
     bundle = train(log, dataclasses.replace(SETTINGS, max_steps=300, dropout=0.0, average_decay=0.0))
     metrics = evaluate(bundle, log).model
     assert metrics.ndcg_at_10 > 0.95
+
+
+def test_a_part_of_the_shops_preset_already_recommends_better_than_what_is_popular():
+    log = read_interactions(SHOP).take(slice(0, 8_000))
+    bundle = train(log, dataclasses.replace(preset("eshop"), max_steps=100))
+    result = evaluate(bundle, log)
+    assert result.model.recall_at_10 > 3 * result.popular.recall_at_10
 
 
 def test_equal_arguments_give_equal_weights(unbroken):
