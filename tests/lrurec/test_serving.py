@@ -21,8 +21,12 @@ TOLERANCE = 3e-5
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="torch finds a CUDA device here")
 
-#: (user, item) of each click in the order of the log; 5 users, 20 items.
-histories = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 20)), max_size=120)
+
+@st.composite
+def histories(draw, items=20):
+    """(user, item) of each click in the order of the log; 5 users, up to 120 clicks."""
+    size, rng = draw(st.integers(0, 120)), np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return list(zip(rng.integers(0, 5, size).tolist(), rng.integers(1, items + 1, size).tolist(), strict=True))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -102,7 +106,7 @@ def test_the_published_lists_and_scores_come_out_after_every_click(golden, build
     assert states["clicks"].tolist() == golden.lengths.tolist()
 
 
-@given(history=histories)
+@given(history=histories())
 @settings(max_examples=40)
 def test_both_engines_and_the_parallel_form_give_the_same_scores(small_bundle, history):
     clicks = columns(history)
@@ -119,7 +123,7 @@ def test_both_engines_and_the_parallel_form_give_the_same_scores(small_bundle, h
     assert (ranking.clicks == torch_ranking.clicks).all()
 
 
-@given(history=histories, recent=st.integers(1, 30), k=st.integers(1, 25))
+@given(history=histories(), recent=st.integers(1, 30), k=st.integers(1, 25))
 @settings(max_examples=40)
 def test_both_engines_leave_out_the_same_items(small_bundle, history, recent, k):
     clicks = columns(history)
@@ -153,9 +157,9 @@ def test_float16_states_blur_the_scores_by_some_thousandths_and_no_more_after_a_
 @given(data=st.data())
 @settings(max_examples=25)
 def test_a_click_gives_the_same_bits_however_clicks_are_cut_into_batches(wide_bundle, precision, data):
-    history = data.draw(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 500)), max_size=150))
+    history = data.draw(histories(items=500))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(history)), max_size=6)))
-    engine = compiled(wide_bundle, precision)
+    engine = compiled(wide_bundle, precision, k=500)
     clicks = columns(history)
     whole, ranking = advance(engine, clicks)
     states, parts = engine.layout.unpack([None] * 5), []
@@ -171,11 +175,11 @@ def test_a_click_gives_the_same_bits_however_clicks_are_cut_into_batches(wide_bu
 @given(data=st.data())
 @settings(max_examples=25)
 def test_a_click_gives_the_same_bits_however_users_are_interleaved(wide_bundle, data):
-    history = data.draw(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 500)), max_size=90))
+    history = data.draw(histories(items=500))
     users = data.draw(st.permutations([user for user, _ in history]))
     queues = {user: iter([place for place, click in enumerate(history) if click[0] == user]) for user in range(5)}
     order = np.array([next(queues[user]) for user in users], np.int64)
-    engine = compiled(wide_bundle, "float16")
+    engine = compiled(wide_bundle, "float16", k=500)
     whole, ranking = advance(engine, columns(history))
     shuffled, found = advance(engine, columns([history[place] for place in order]))
     for field in ("items", "scores", "clicks"):
@@ -184,7 +188,7 @@ def test_a_click_gives_the_same_bits_however_users_are_interleaved(wide_bundle, 
     assert shuffled["recent_items"].tobytes() == whole["recent_items"].tobytes()
 
 
-@given(history=histories, data=st.data())
+@given(history=histories(), data=st.data())
 @settings(max_examples=30)
 def test_ranking_only_some_clicks_changes_neither_their_lists_nor_the_states(small_bundle, history, data):
     clicks = columns(history)
@@ -215,7 +219,7 @@ def test_batches_larger_than_the_engine_takes_are_cut_without_a_trace(small_bund
 # -- the state
 
 
-@given(history=histories, recent=st.integers(1, 12))
+@given(history=histories(), recent=st.integers(1, 12))
 @example(history=[], recent=1)
 @settings(max_examples=60)
 def test_a_state_counts_its_clicks_and_remembers_the_latest_items(small_bundle, history, recent):
@@ -286,7 +290,7 @@ def test_the_layout_is_the_bundles(small_bundle):
 
 
 @pytest.mark.parametrize("build", [compiled, on_torch])
-@given(history=histories, recent=st.integers(1, 25))
+@given(history=histories(), recent=st.integers(1, 25))
 @settings(max_examples=25)
 def test_a_list_holds_the_best_of_what_is_not_among_the_latest_items(small_bundle, build, history, recent):
     clicks = columns(history)
