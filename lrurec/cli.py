@@ -125,7 +125,7 @@ def train(interactions: Path, out: Path, preset_name: str, max_steps: int | None
     The same command goes on after a kill, from the checkpoint beside the bundle, to the same weights as if it had
     never been killed; run once more after its end, it finds the bundle and does nothing.
     """
-    from lrurec.train_command import train_bundle  # noqa: PLC0415 - see the module's docstring
+    from lrurec.train_command import train_bundle
 
     train_bundle(interactions, out, preset_name=preset_name, max_steps=max_steps, seed=seed, device=device)
 
@@ -140,9 +140,9 @@ def evaluate(bundle: Path, interactions: Path, as_json: bool) -> None:
     The list leaves out the items of the input window, the user's last clicks before. Beside it: recommending the most
     popular items to everyone.
     """
-    from lrurec.bundle import load_bundle  # noqa: PLC0415
-    from lrurec.evaluation import evaluate as evaluate_bundle  # noqa: PLC0415
-    from lrurec.interactions import read_interactions  # noqa: PLC0415
+    from lrurec.bundle import load_bundle
+    from lrurec.evaluation import evaluate as evaluate_bundle
+    from lrurec.interactions import read_interactions
 
     result = evaluate_bundle(load_bundle(bundle), read_interactions(interactions))
     if as_json:
@@ -161,8 +161,8 @@ def evaluate(bundle: Path, interactions: Path, as_json: bool) -> None:
 @_JSON
 def recommend(bundle: Path, items: str, k: int, include_seen: bool, as_json: bool) -> None:
     """The items most likely to be clicked next, best first."""
-    from lrurec.bundle import load_bundle  # noqa: PLC0415
-    from lrurec.recommendation import recommend as recommend_items  # noqa: PLC0415
+    from lrurec.bundle import load_bundle
+    from lrurec.recommendation import recommend as recommend_items
 
     loaded = load_bundle(bundle)
     clicked = [item_id.strip() for item_id in items.split(",") if item_id.strip()]
@@ -201,8 +201,8 @@ def convert(checkpoint: Path, out: Path, items: Path | None) -> None:
     CHECKPOINT is a .pth with its state_dict, or a .npz whose keys are the parameter names, with or without the prefix
     param/. No code in it is run.
     """
-    from lrurec.bundle import require_writable_target, save_bundle  # noqa: PLC0415
-    from lrurec.convert import convert as convert_checkpoint  # noqa: PLC0415
+    from lrurec.bundle import require_writable_target, save_bundle
+    from lrurec.convert import convert as convert_checkpoint
 
     require_writable_target(out)
     bundle = convert_checkpoint(checkpoint, items)

@@ -6,6 +6,7 @@ contract, `Engine`: compiled loops on the CPU, torch operators on a GPU.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Literal, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -15,16 +16,12 @@ from jaxtyping import Float32, Int32, Int64
 
 from lrurec import kernels
 from lrurec.bundle import Bundle
-from lrurec.errors import LRURecError
+from lrurec.errors import DeviceError
 from lrurec.model import Block, LRURec
 from lrurec.user_state import StateLayout, UserStates
 
 #: Items in one scoring product: 32 rows of 4,096 float32 scores stay in a core's second-level cache.
 CHUNK_ITEMS = 4_096
-
-
-class DeviceError(LRURecError):
-    """The device that was asked for isn't there."""
 
 
 class Clicks(NamedTuple):
@@ -189,7 +186,9 @@ class TorchEngine:
         self, bundle: Bundle, layout: StateLayout, *, top_k: int, exclude_seen: bool, device: torch.device
     ) -> None:
         self.layout = layout
-        self._model = bundle.model.to(device)
+        self._model = copy.deepcopy(bundle.model).to(
+            device
+        )  # `to` moves a model in place, and the bundle is others' too
         self._top_k = top_k
         self._exclude_seen = exclude_seen
         self._device = device

@@ -152,7 +152,7 @@ def topics(settings: Settings) -> None:
 
     Changes nothing that is there: a topic that does not fit is an error that says how to mend it.
     """
-    from stream_app.topics import ensure_topics  # noqa: PLC0415 - see the module's docstring
+    from stream_app.topics import ensure_topics
 
     _silence_clients()
     for topic in asyncio.run(ensure_topics(settings)):
@@ -174,8 +174,8 @@ def replay(file: Path, rate: float | None, limit: int | None, settings: Settings
     position. An event carries the log's timestamp; where the log has only positions, the time of the replay, and about
     50 users at a time take turns. The rate is kept whether or not anybody keeps up.
     """
-    from stream_app.dev.click_log import read_clicks  # noqa: PLC0415
-    from stream_app.dev.replay import replay as replay_clicks  # noqa: PLC0415
+    from stream_app.dev.click_log import read_clicks
+    from stream_app.dev.replay import replay as replay_clicks
 
     _silence_clients()
     clicks = read_clicks(file)[:limit]
@@ -201,7 +201,7 @@ def worker(settings: Settings) -> None:
 
     Every option is also an environment variable, named in brackets. The topics must be there: stream-app topics.
     """
-    from stream_app.worker import run_worker  # noqa: PLC0415
+    from stream_app.worker import run_worker
 
     run_worker(settings)
 
@@ -220,9 +220,9 @@ def demo(clicks: int | None, rate: float | None) -> None:
     fetches Kafka and trains, which takes a minute or two. Nothing of yours is touched: the demo has its own broker,
     on port 9092 if that is free, and its own folder, removed at the end.
     """
-    from rich.console import Console  # noqa: PLC0415
+    from rich.console import Console
 
-    from stream_app.dev.demo import DemoOptions, run_demo  # noqa: PLC0415
+    from stream_app.dev.demo import DemoOptions, run_demo
 
     _silence_clients()
     if not run_demo(DemoOptions(clicks, rate), Console(highlight=False)):

@@ -3,8 +3,23 @@
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-#: The modules whose functions take arrays; the compiled loops in kernels.py have types of their own.
-_CHECKED = ["evaluation", "model", "recurrence", "serving", "training"]
+#: Every module of lrurec with functions that take arrays; the compiled loops in kernels.py have types of their own.
+_CHECKED = (
+    "bundle",
+    "catalogue",
+    "convert",
+    "dropout",
+    "evaluation",
+    "interactions",
+    "loss",
+    "model",
+    "recommendation",
+    "recurrence",
+    "serving",
+    "training",
+    "training_run",
+    "windows",
+)
 
 install_import_hook([f"lrurec.{module}" for module in _CHECKED], "beartype.beartype")
 
