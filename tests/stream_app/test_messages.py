@@ -227,6 +227,7 @@ POISON = {
     "no key": (None, click(), "the key is null; it must be the user_id"),
     "empty key": (b"", click(), "the key b'' is not the user_id 'u'"),
     "another user's key": (b"v", click(), "the key b'v' is not the user_id 'u' in UTF-8"),
+    "key in other letters": (b"U", click(), "the key b'U' is not the user_id 'u' in UTF-8"),
     "key in another encoding": ("Zoë".encode("latin-1"), click(user_id="Zoë"), "is not the user_id 'Zoë' in UTF-8"),
     "empty user_id": (b"", click(user_id=""), "user_id is empty"),
     "neither key nor value": (None, None, "the value is null"),
