@@ -34,7 +34,7 @@ from lrurec.bundle import make_bundle, save_bundle
 from lrurec.catalogue import Catalogue
 from lrurec.config import LRURecConfig
 from lrurec.model import LRURec
-from stream_app.dev.broker import LocalBroker
+from stream_app.dev.kafka.broker import LocalBroker
 
 PARTITIONS = 8
 SCRIPTS = Path(sys.executable).parent

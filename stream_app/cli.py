@@ -17,8 +17,8 @@ from typing import Any
 import click
 
 from lrurec.errors import LRURecError
-from stream_app.dev.broker import DEFAULT_HEAP_MB, DEFAULT_PORT, LocalBroker
 from stream_app.dev.cache import data_folder
+from stream_app.dev.kafka.broker import DEFAULT_HEAP_MB, DEFAULT_PORT, LocalBroker
 from stream_app.dev.signals import keyboard_interrupt_on_signals
 from stream_app.errors import StreamAppError
 from stream_app.settings import Settings, variable
@@ -222,7 +222,7 @@ def demo(clicks: int | None, rate: float | None) -> None:
     """
     from rich.console import Console
 
-    from stream_app.dev.demo import DemoOptions, run_demo
+    from stream_app.dev.demo.demo import DemoOptions, run_demo
 
     _silence_clients()
     if not run_demo(DemoOptions(clicks, rate), Console(highlight=False)):

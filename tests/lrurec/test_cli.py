@@ -16,7 +16,7 @@ from lrurec.cli import main
 from lrurec.recommendation import recommend
 
 COMMAND = [sys.executable, "-c", "from lrurec.cli import main; main()"]
-SHOP = Path(__file__).parents[2] / "stream_app" / "dev" / "eshop" / "clicks.csv.gz"
+SHOP = Path(__file__).parents[2] / "stream_app" / "dev" / "demo" / "eshop" / "clicks.csv.gz"
 
 
 @pytest.fixture

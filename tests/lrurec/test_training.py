@@ -21,7 +21,7 @@ from lrurec.interactions import Histories, Interactions, read_interactions
 from lrurec.presets import PRESETS, TrainingSettings, preset
 from lrurec.training import train
 
-SHOP = Path(__file__).parents[2] / "stream_app" / "dev" / "eshop" / "clicks.csv.gz"
+SHOP = Path(__file__).parents[2] / "stream_app" / "dev" / "demo" / "eshop" / "clicks.csv.gz"
 
 SETTINGS = TrainingSettings(
     hidden_units=8,

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from stream_app.dev.broker import LocalBroker
+from stream_app.dev.kafka.broker import LocalBroker
 
 CreateTopic = Callable[..., Awaitable[str]]
 

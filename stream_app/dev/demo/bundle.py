@@ -17,8 +17,8 @@ from pathlib import Path
 import lrurec
 from stream_app.dev.cache import cache_folder
 from stream_app.dev.deadline import Deadline
+from stream_app.dev.demo.shop import CLICKS_FILE, Shop
 from stream_app.dev.guarded_process import GuardedProcess
-from stream_app.dev.shop import CLICKS_FILE, Shop
 from stream_app.errors import StreamAppError
 
 TRAINING_SECONDS = 600.0

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from stream_app.dev.broker import DEFAULT_PORT
+from stream_app.dev.kafka.broker import DEFAULT_PORT
 
 # The first demo on a machine trains the model; every one starts a broker and a worker.
 START_SECONDS = 240

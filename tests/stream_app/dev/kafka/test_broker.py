@@ -14,7 +14,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from stream_app.dev.broker import LocalBroker, PortTaken
+from stream_app.dev.kafka.broker import LocalBroker, PortTaken
 from stream_app.errors import BrokerUnavailable
 
 STREAM_APP = (sys.executable, "-c", "from stream_app.cli import main; main()")

@@ -7,9 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from stream_app.dev.live_view import View
-from stream_app.dev.scoreboard import Scoreboard
-from stream_app.dev.shop import Shop
+from stream_app.dev.demo.live_view import View
+from stream_app.dev.demo.scoreboard import Scoreboard
+from stream_app.dev.demo.shop import Shop
 
 
 @pytest.fixture(scope="module")

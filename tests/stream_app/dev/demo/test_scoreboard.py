@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from stream_app.dev.scoreboard import Scoreboard
+from stream_app.dev.demo.scoreboard import Scoreboard
 
 POPULAR = [f"p{number}" for number in range(30)]
 

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from stream_app.dev.deadline import Deadline
-from stream_app.dev.kafka_jars import KAFKA_VERSION, Jar, ensure_jars, pinned_jars
+from stream_app.dev.kafka.jars import KAFKA_VERSION, Jar, ensure_jars, pinned_jars
 from stream_app.errors import BrokerUnavailable
 
 

@@ -30,8 +30,8 @@ from typing import Self
 from stream_app.dev.cache import cache_folder
 from stream_app.dev.deadline import Deadline
 from stream_app.dev.guarded_process import GuardedProcess
-from stream_app.dev.java import Java, find_java
-from stream_app.dev.kafka_jars import ensure_jars
+from stream_app.dev.kafka.jars import ensure_jars
+from stream_app.dev.kafka.java import Java, find_java
 from stream_app.errors import BrokerUnavailable
 
 DEFAULT_PORT = 9092

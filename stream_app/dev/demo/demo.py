@@ -12,11 +12,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stream_app.dev.broker import DEFAULT_PORT, LocalBroker, PortTaken
-from stream_app.dev.demo_bundle import demo_bundle
-from stream_app.dev.demo_flow import DemoFlow
-from stream_app.dev.demo_worker import STOP_SECONDS, DemoWorker
-from stream_app.dev.shop import Shop
+from stream_app.dev.demo.bundle import demo_bundle
+from stream_app.dev.demo.flow import DemoFlow
+from stream_app.dev.demo.shop import Shop
+from stream_app.dev.demo.worker import STOP_SECONDS, DemoWorker
+from stream_app.dev.kafka.broker import DEFAULT_PORT, LocalBroker, PortTaken
 from stream_app.dev.signals import keyboard_interrupt_on_signals
 from stream_app.errors import StreamAppError
 from stream_app.settings import Settings

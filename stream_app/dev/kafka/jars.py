@@ -1,9 +1,9 @@
 """The pinned jars of Apache Kafka: fetched once, verified by SHA-256 on every start.
 
-`kafka_jars.txt` lists each jar as `group:artifact:version sha256`. Fetching asks for exactly these coordinates;
+`jars.txt` lists each jar as `group:artifact:version sha256`. Fetching asks for exactly these coordinates;
 nothing is resolved at run time. After a change of `_WANTED`, write the list again with
 
-    python -m stream_app.dev.kafka_jars
+    python -m stream_app.dev.kafka.jars
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from stream_app.errors import BrokerUnavailable, StreamAppError
 
 KAFKA_VERSION = "4.3.1"
 _WANTED = (f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}", "org.slf4j:slf4j-simple:2.0.17")
-_HEADER = "# Apache Kafka and what it needs at run time. Written by: python -m stream_app.dev.kafka_jars"
-_LIST = Path(__file__).with_name("kafka_jars.txt")
+_HEADER = "# Apache Kafka and what it needs at run time. Written by: python -m stream_app.dev.kafka.jars"
+_LIST = Path(__file__).with_name("jars.txt")
 _PARALLEL_FETCHES = 8
 _TRIES_PER_JAR = 3
 _LONGEST_REASON = 120
@@ -56,7 +56,7 @@ class Jar:
 
 
 def pinned_jars(lines: Iterable[str] | None = None) -> tuple[Jar, ...]:
-    """The jars of `kafka_jars.txt`, or of the lines given."""
+    """The jars of `jars.txt`, or of the lines given."""
     if lines is None:
         lines = _LIST.read_text("utf-8").splitlines()
     entries = (line.split() for line in lines if line.strip() and not line.startswith("#"))
@@ -193,7 +193,7 @@ def _maven_context(folder: Path) -> Any:
 
 
 def resolve_pins() -> list[str]:
-    """The lines of `kafka_jars.txt`: `_WANTED` and all that it needs at run time, each fetched to take its hash."""
+    """The lines of `jars.txt`: `_WANTED` and all that it needs at run time, each fetched to take its hash."""
     with tempfile.TemporaryDirectory() as folder:
         context = _maven_context(Path(folder))
         wanted, needed = context.resolver.resolve([context.create_dependency(name) for name in _WANTED])
@@ -206,5 +206,5 @@ def _pin(artifact: Any) -> str:
 
 
 if __name__ == "__main__":
-    _HEADER = f"# Apache Kafka {KAFKA_VERSION} and what it needs. Written by: python -m stream_app.dev.kafka_jars\n"
+    _HEADER = f"# Apache Kafka {KAFKA_VERSION} and what it needs. Written by: python -m stream_app.dev.kafka.jars\n"
     _LIST.write_text(_HEADER + "".join(f"{line}\n" for line in resolve_pins()), "utf-8")

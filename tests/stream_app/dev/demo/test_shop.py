@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 
 from lrurec.interactions import read_interactions
-from stream_app.dev.shop import CLICKS_FILE, Shop
+from stream_app.dev.demo.shop import CLICKS_FILE, Shop
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from stream_app.dev.scoreboard import K, Scoreboard, SeenClick, Shopper
-from stream_app.dev.shop import Shop
+from stream_app.dev.demo.scoreboard import K, Scoreboard, SeenClick, Shopper
+from stream_app.dev.demo.shop import Shop
 
 _BAR_CELLS = 30
 _CLICKS_OF_FOLLOWED = 4  # with the list of 10, what a terminal of 24 lines can hold

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.live import Live
 
 from stream_app.dev.click_log import LoggedClick
-from stream_app.dev.demo_worker import DemoWorker
-from stream_app.dev.live_view import View
+from stream_app.dev.demo.live_view import View
+from stream_app.dev.demo.scoreboard import Scoreboard
+from stream_app.dev.demo.shop import Shop, ShopClick
+from stream_app.dev.demo.worker import DemoWorker
 from stream_app.dev.replay import ClickProducer, click_event, click_producer, paced
-from stream_app.dev.scoreboard import Scoreboard
-from stream_app.dev.shop import Shop, ShopClick
 from stream_app.dev.signals import event_on_signals
 from stream_app.errors import WorkerError
 from stream_app.settings import Settings

@@ -1,0 +1,1 @@
+"""`stream-app demo`: real clicks replayed to the real worker, and a view of what happens."""
