@@ -1,6 +1,7 @@
 """`make bench`: every measurement, one after the other."""
 
-from benchmarks import backlog
+from benchmarks import backlog, golden
 
 if __name__ == "__main__":
+    golden.main()
     backlog.main()
