@@ -29,17 +29,16 @@ class Batch(NamedTuple):
 class Publisher:
     """An idempotent producer with acks=all: what is acknowledged is on every in-sync replica, once, in order.
 
+    Dead letters have a producer of their own, which is not idempotent: one that is takes no more records for a
+    partition after Kafka has refused a batch, and a dead letter may be refused for its size.
+
     `connection` is `Settings.kafka_client()`.
     """
 
     def __init__(self, connection: Mapping[str, Any]) -> None:
-        self._producer = AIOKafkaProducer(
-            **connection,
-            acks="all",
-            enable_idempotence=True,
-            max_batch_size=BATCH_BYTES,
-            max_request_size=64 * BATCH_BYTES,
-        )
+        limits = {"max_batch_size": BATCH_BYTES, "max_request_size": 64 * BATCH_BYTES}
+        self._producer = AIOKafkaProducer(**connection, acks="all", enable_idempotence=True, **limits)
+        self._dead_letter_producer = AIOKafkaProducer(**connection, acks="all", **limits)
         self._partitions: dict[str, int] = {}
         self._timeout_seconds = connection["request_timeout_ms"] / 1000
 
@@ -53,9 +52,10 @@ class Publisher:
         """
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                await self._producer.start()
                 topics = list(topics)
-                await self._producer.client.set_topics(topics)
+                for producer in (self._producer, self._dead_letter_producer):
+                    await producer.start()
+                    await producer.client.set_topics(topics)
                 for topic in topics:
                     self._partitions[topic] = len(await self._producer.partitions_for(topic))
         except (TimeoutError, KafkaError) as error:
@@ -64,6 +64,7 @@ class Publisher:
     async def stop(self) -> None:
         """Disconnect; what is not acknowledged by then may be lost."""
         await self._producer.stop()
+        await self._dead_letter_producer.stop()
 
     def pack(self, topic: str, records: Sequence[KeyValue], timestamp_ms: int) -> list[Batch]:
         """Records with their keys' partitions, batch by batch in order; can be called from another thread."""
@@ -94,17 +95,25 @@ class Publisher:
         return [asyncio.ensure_future(self._send_dead_letter(topic, letter)) for letter in letters]
 
     async def _send_dead_letter(self, topic: str, letter: DeadLetter) -> None:
+        if letter.key is not None or letter.value is not None:  # `send` takes no record without both
+            try:
+                await self._dead_letter_producer.send_and_wait(topic, letter.value, letter.key, headers=letter.headers)
+                return
+            except MessageSizeTooLargeError:
+                pass  # alone, or because of its neighbours in the batch
         try:
-            await self._send_record(topic, letter.value, letter)
+            await self._send_alone(topic, letter)
         except MessageSizeTooLargeError:
             # It fitted its own topic, but not this one with the reason added: keep the stream going and say so.
             note = ("__streams.errors.value-left-out", str(len(letter.value or b"")).encode())
-            await self._send_record(topic, None, letter._replace(headers=[*letter.headers, note]))
+            await self._send_alone(topic, letter._replace(value=None, headers=[*letter.headers, note]))
 
-    async def _send_record(self, topic: str, value: bytes | None, letter: DeadLetter) -> None:
-        # Kafka takes no record without key and value; an absent key and a null value together become an empty value.
-        value = b"" if value is None and letter.key is None else value
-        await self._producer.send_and_wait(topic, key=letter.key, value=value, headers=letter.headers)
+    async def _send_alone(self, topic: str, letter: DeadLetter) -> None:
+        batch = self._dead_letter_producer.create_batch()
+        batch.append(key=letter.key, value=letter.value, timestamp=None, headers=letter.headers)
+        batch.close()
+        [partition] = partitions_of([letter.key or b""], self._partitions[topic]).tolist()
+        await (await self._dead_letter_producer.send_batch(batch, topic, partition=partition))
 
 
 async def acknowledged(futures: Sequence[asyncio.Future[Any]], what: str, timeout_seconds: float) -> list[Any]:
