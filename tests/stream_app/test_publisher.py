@@ -1,0 +1,201 @@
+"""What is handed over arrives: every record, in order for its key, in the partition where its key belongs."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.partitioner import DefaultPartitioner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+import schemas
+from stream_app.errors import WorkerError
+from stream_app.messages import DeadLetter
+from stream_app.micro_batch import KeyValue
+from stream_app.publisher import BATCH_BYTES, Publisher, acknowledged
+from stream_app.settings import Settings
+
+TIME_MS = 1_700_000_000_000
+LETTER_HEADERS = Draft202012Validator(schemas.load("dead-letter-headers.schema.json"))
+REASON = list(LETTER_HEADERS.schema["examples"][0].items())
+
+
+@pytest.fixture
+async def publisher_to(bootstrap):
+    """`await publisher_to(topic, …)` is a connected publisher."""
+    started = []
+
+    async def start(*topics):
+        publisher = Publisher(Settings(broker=bootstrap).kafka_client())
+        started.append(publisher)
+        await publisher.start(topics)
+        return publisher
+
+    yield start
+    for publisher in started:
+        await publisher.stop()
+
+
+@pytest.fixture
+def read(bootstrap):
+    async def read_to_the_end(topic):
+        """Every record of a topic by partition, read by a plain consumer."""
+        consumer = AIOKafkaConsumer(topic, bootstrap_servers=bootstrap, auto_offset_reset="earliest")
+        await consumer.start()
+        try:
+            partitions = [TopicPartition(topic, number) for number in sorted(consumer.partitions_for_topic(topic))]
+            ends = await consumer.end_offsets(partitions)
+            found = {partition.partition: [] for partition in partitions}
+            async with asyncio.timeout(30):
+                for partition, end in ends.items():
+                    while await consumer.position(partition) < end:
+                        for records in (await consumer.getmany(partition, timeout_ms=1000)).values():
+                            found[partition.partition] += records
+            return found
+        finally:
+            await consumer.stop()
+
+    return read_to_the_end
+
+
+async def sent(publisher, topic, batches):
+    return await acknowledged(await publisher.send(topic, batches), "test records", 30)
+
+
+# -- packing
+
+sizes = st.one_of(
+    st.integers(1, 300), st.integers(1, 300_000), st.sampled_from([BATCH_BYTES - 100, BATCH_BYTES, 2**20])
+)
+records = st.lists(st.tuples(st.sampled_from([b"a", b"b", b"c", b"key" * 30]), sizes), max_size=12)
+
+
+async def test_no_record_is_dropped_however_large(create_topic, publisher_to):
+    topic = await create_topic("recommendations", partitions=3)
+    publisher = await publisher_to(topic)
+
+    @given(records)
+    @settings(max_examples=60)
+    def every_record_is_in_a_batch(drawn):
+        rows = [KeyValue(key, bytes(size)) for key, size in drawn]
+        for batches in (publisher.pack(topic, rows, TIME_MS), publisher.pack_for(2, rows, TIME_MS)):
+            full = [batch for batch in batches if batch.records.record_count()]
+            assert sum(batch.records.record_count() for batch in full) == len(rows)
+            assert all(batch.records.size() <= BATCH_BYTES or batch.records.record_count() == 1 for batch in full)
+
+    every_record_is_in_a_batch()
+
+
+async def test_every_record_arrives_where_its_key_belongs_and_in_order(create_topic, publisher_to, read):
+    topic = await create_topic("recommendations", partitions=5)
+    publisher = await publisher_to(topic)
+    rng = random.Random(1)
+    lengths = [1, 10, 900, 20_000, 400_000, 1_000_000]
+    rows = [
+        KeyValue(b"user-%d" % rng.randrange(40), b"%06d" % number + bytes(rng.choices(lengths, [9, 9, 9, 9, 2, 1])[0]))
+        for number in range(120)
+    ]
+    await sent(publisher, topic, publisher.pack(topic, rows, TIME_MS))
+    found = await read(topic)
+    assert sorted((r.key, r.value) for records in found.values() for r in records) == sorted(rows)
+    choose = DefaultPartitioner()
+    for partition, arrived in found.items():
+        here = [row for row in rows if choose(row.key, list(range(5)), list(range(5))) == partition]
+        assert [(record.key, record.value) for record in arrived] == here
+        assert {record.timestamp for record in arrived} <= {TIME_MS}
+
+
+async def test_batches_of_a_partition_keep_their_order_while_none_is_acknowledged(create_topic, publisher_to, read):
+    topic = await create_topic("changelog", partitions=2)
+    publisher = await publisher_to(topic)
+    futures = []
+    for number in range(50):
+        batches = publisher.pack_for(1, [KeyValue(b"u", b"%d" % number)], TIME_MS)
+        futures += await publisher.send(topic, batches)
+    await acknowledged(futures, "the changelog", 30)
+    found = await read(topic)
+    assert found[0] == []
+    assert [record.value for record in found[1]] == [b"%d" % number for number in range(50)]
+
+
+async def test_the_last_answer_and_the_last_batch_tell_the_offset_of_the_last_record(create_topic, publisher_to, read):
+    topic = await create_topic("changelog")
+    publisher = await publisher_to(topic)
+    for size in (10, 400_000):  # in one batch, and in several
+        batches = publisher.pack_for(0, [KeyValue(b"u", bytes(size))] * 7, TIME_MS)
+        answers = await sent(publisher, topic, batches)
+        last = answers[-1].offset + batches[-1].records.record_count() - 1
+        assert last == (await read(topic))[0][-1].offset
+    assert len(batches) > 1
+
+
+# -- dead letters
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(b"u", b"{"), (None, b"no key"), (b"u", None), (b"", b""), (None, None), (b"\xff", bytes(range(256)) * 4000)],
+    ids=["poison", "no key", "no value", "empty", "neither", "large"],
+)
+async def test_a_dead_letter_arrives_as_it_was_with_all_headers(create_topic, publisher_to, read, key, value):
+    topic = await create_topic("dead", max_message_bytes="2097152")
+    publisher = await publisher_to(topic)
+    headers = [("trace", b"1"), ("trace", b"2"), ("none", None), *((name, text.encode()) for name, text in REASON)]
+    await acknowledged(await publisher.send_dead_letters(topic, [DeadLetter(key, value, headers)]), "it", 30)
+    [arrived] = (await read(topic))[0]
+    assert (arrived.key, arrived.value) == (key, value)
+    assert list(arrived.headers) == headers
+
+
+@pytest.mark.parametrize("key", [b"u", None], ids=["with key", "without key"])
+async def test_a_dead_letter_too_large_for_its_topic_comes_without_its_value(create_topic, publisher_to, read, key):
+    topic = await create_topic("dead", max_message_bytes="2000")
+    publisher = await publisher_to(topic)
+    headers = [("trace", b"1"), *((name, text.encode()) for name, text in REASON)]
+    futures = await publisher.send_dead_letters(topic, [DeadLetter(key, bytes(5000), headers)])
+    await acknowledged(futures, "it", 30)
+    [arrived] = (await read(topic))[0]
+    assert (arrived.key, arrived.value) == (key, None)
+    assert list(arrived.headers) == [*headers, ("__streams.errors.value-left-out", b"5000")]
+    LETTER_HEADERS.validate({name: text.decode() for name, text in arrived.headers})
+
+
+async def test_a_dead_letter_too_large_for_its_topic_holds_up_no_other(create_topic, publisher_to, read):
+    topic = await create_topic("dead", max_message_bytes="2000")
+    publisher = await publisher_to(topic)
+    sizes = [100, 5000, 200, 6000, 300]
+    for size in sizes:
+        await acknowledged(await publisher.send_dead_letters(topic, [DeadLetter(b"u", bytes(size), [])]), "it", 30)
+    assert [record.value and len(record.value) for record in (await read(topic))[0]] == [100, None, 200, None, 300]
+
+
+async def test_a_dead_letter_keeps_its_value_in_the_company_of_larger_ones(create_topic, publisher_to, read):
+    topic = await create_topic("dead", max_message_bytes="2000")
+    publisher = await publisher_to(topic)
+    sizes = [100, 5000, 900, 901, 6000, 902]
+    futures = await publisher.send_dead_letters(topic, [DeadLetter(b"u", bytes(size), []) for size in sizes])
+    await acknowledged(futures, "they", 30)
+    arrived = [record.value and len(record.value) for record in (await read(topic))[0]]
+    assert sorted(filter(None, arrived)) == [100, 900, 901, 902]
+    assert arrived.count(None) == 2
+
+
+# -- when it can't be
+
+
+async def test_what_kafka_refuses_is_an_error_that_names_it(create_topic, publisher_to):
+    topic = await create_topic("recommendations", max_message_bytes="2000")
+    publisher = await publisher_to(topic)
+    futures = await publisher.send(topic, publisher.pack(topic, [KeyValue(b"u", bytes(5000))], TIME_MS))
+    with pytest.raises(WorkerError, match=r"Kafka refused recommendations: .*MessageSizeTooLarge"):
+        await acknowledged(futures, "recommendations", 30)
+
+
+async def test_an_acknowledgement_that_does_not_come_is_given_up_at_the_deadline():
+    never = asyncio.get_running_loop().create_future()
+    with pytest.raises(WorkerError, match=r"did not acknowledge the changelog within 0\.01 seconds"):
+        await acknowledged([never], "the changelog", 0.01)
