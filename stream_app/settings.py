@@ -14,7 +14,8 @@ from stream_app.errors import SettingsError
 
 PREFIX = "STREAM_APP_"
 
-_TOPIC_NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
+_TOPIC_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_CHANGELOG_SUFFIX = "-user_state-changelog"
 _HOST_PORT = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s,:\[\]]+):(\d{1,5})")
 
 
@@ -34,10 +35,13 @@ def _kafka_servers(text: str) -> str:
     return ",".join(servers)
 
 
-def _topic(text: str) -> str:
-    if not _TOPIC_NAME.fullmatch(text) or text in {".", ".."}:
-        raise ValueError
-    return text
+def _topic_name(longest: int) -> _Kind:
+    def parse(text: str) -> str:
+        if not _TOPIC_NAME.fullmatch(text) or len(text) > longest or text in {".", ".."}:
+            raise ValueError
+        return text
+
+    return _Kind(parse, f"a Kafka topic name: 1 to {longest} letters, digits, '.', '_' or '-'")
 
 
 def _text(text: str) -> str:
@@ -77,7 +81,8 @@ def _choice(*choices: str) -> _Kind:
     return _Kind(parse, "one of " + ", ".join(choices))
 
 
-_TOPIC = _Kind(_topic, "a Kafka topic name: 1 to 249 letters, digits, '.', '_' or '-'")
+_TOPIC = _topic_name(249)
+_APP_ID = _topic_name(249 - len(_CHANGELOG_SUFFIX))
 _PATH = _Kind(lambda text: Path(_text(text)).expanduser(), "a path")
 _TEXT = _Kind(_text, "text that is not blank")
 
@@ -96,7 +101,7 @@ class Settings:
         "Kafka bootstrap servers",
     )
     model: Path | None = _setting(None, _PATH, "the bundle, a folder written by `lrurec train` or `lrurec convert`")
-    app_id: str = _setting("stream-app", _TOPIC, "name of this application: consumer group and changelog prefix")
+    app_id: str = _setting("stream-app", _APP_ID, "name of this application: consumer group and changelog prefix")
     clicks_topic: str = _setting("clicks", _TOPIC, "topic of click events")
     recommendations_topic: str = _setting("recommendations", _TOPIC, "topic of recommendations")
     dead_letter_topic: str = _setting("clicks-dead-letter", _TOPIC, "topic of messages that are no clicks")
@@ -193,7 +198,7 @@ class Settings:
     @property
     def changelog_topic(self) -> str:
         """The compacted topic that is the truth about every user's state."""
-        return f"{self.app_id}-user_state-changelog"
+        return self.app_id + _CHANGELOG_SUFFIX
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """TLS as set, None without TLS.
