@@ -201,6 +201,8 @@ def worker(settings: Settings) -> None:
 
     Every option is also an environment variable, named in brackets. The topics must be there: stream-app topics.
     """
+    # While nothing has been started there is nothing to drain: a signal ends it, and that is no failure.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     from stream_app.worker import run_worker
 
     run_worker(settings)

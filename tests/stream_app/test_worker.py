@@ -222,6 +222,7 @@ async def test_two_workers_share_the_partitions_and_a_third_takes_over_for_one_t
         await produce(site, records[4_000:8_000])
         assert first.terminate() == 0, first.tail()
         with WorkerProcess(site, "third", STATE_DIR=states[2]) as third:
+            third.wait_ready()
             await produce(site, records[8_000:])
             recommendations = await recommendations_for(site, len(clicks), 90)
             assert third.terminate() == 0, third.tail()
