@@ -9,6 +9,8 @@ import asyncio
 import functools
 import logging
 import os
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
