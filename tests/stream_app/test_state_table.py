@@ -1,0 +1,486 @@
+"""The local database equals a prefix of the changelog, is nobody else's, and can be lost or harmed at any time."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import faust
+import pytest
+from aiokafka.structs import ConsumerRecord
+from faust.types import TP
+from faust.types.tuples import ConsumerMessage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lrurec.user_state import StateLayout
+from stream_app.errors import StateError
+from stream_app.state_table import UserStateStore, restore_rows, user_state_table
+
+LAYOUT = StateLayout("0123456789abcdef", blocks=1, channels=2, recent_capacity=3)
+CHANGELOG = "app-user_state-changelog"
+CACHE_BYTES = 8 << 20
+
+
+def state(source_offset: int, clicks: int = 0, layout: StateLayout = LAYOUT) -> bytes:
+    row = layout.unpack([None])
+    row["source_offset"], row["clicks"] = source_offset, clicks
+    return row.tobytes()
+
+
+def make_store(folder: Path, layout: StateLayout = LAYOUT) -> UserStateStore:
+    app = faust.App("app", broker="kafka://", datadir=str(folder), web_enabled=False, topic_partitions=3)
+    return user_state_table(app, layout, CACHE_BYTES).store
+
+
+async def assign(store: UserStateStore, *partitions: int) -> UserStateStore:
+    """What Faust tells a store at a rebalance: the partitions that it has from now on."""
+    mine = {TP(topic, partition) for topic in (CHANGELOG, "clicks") for partition in partitions}
+    await store.on_rebalance(mine, set(), mine)
+    return store
+
+
+async def assign_in(folder: Path) -> UserStateStore:
+    return await assign(make_store(folder), 0)
+
+
+def read_all(store: UserStateStore, partition: int = 0) -> tuple[dict[bytes, bytes], int | None]:
+    return dict(store.items()), store.persisted_offset(TP(CHANGELOG, partition))
+
+
+@pytest.fixture(autouse=True)
+def _quiet_faust(caplog):
+    caplog.set_level(logging.WARNING)
+
+
+@pytest.fixture
+async def store(tmp_path):
+    """A store that has partition 0."""
+    store = await assign_in(tmp_path)
+    yield store
+    await store.stop()
+
+
+@pytest.fixture
+def database(tmp_path):
+    """Where the database of partition 0 lies."""
+    return tmp_path / "v1" / "tables" / "user_state" / "0"
+
+
+# -- load and persist
+
+
+async def test_what_was_persisted_is_loaded_in_the_order_of_the_keys(store):
+    store.persist(0, [(b"a", state(1)), (b"b", state(2))], 7)
+    assert store.load(0, [b"b", b"nobody", b"a", b"b"]) == [state(2), None, state(1), state(2)]
+    assert store.load(0, []) == []
+    assert store.persisted_offset(TP(CHANGELOG, 0)) == 7
+
+
+async def test_a_new_database_knows_no_user_and_no_offset(store):
+    assert read_all(store) == ({}, None)
+
+
+async def test_the_last_state_of_a_user_counts(store):
+    store.persist(0, [(b"a", state(1)), (b"a", state(2))], 7)
+    store.persist(0, [(b"a", state(3))], 8)
+    assert read_all(store) == ({b"a": state(3)}, 8)
+
+
+async def test_states_and_offset_outlive_the_process_that_wrote_them(store, tmp_path):
+    store.persist(0, [(b"a", state(1))], 7)
+    await store.stop()
+    again = await assign_in(tmp_path)
+    assert read_all(again) == ({b"a": state(1)}, 7)
+    await again.stop()
+
+
+async def test_an_offset_can_be_set_alone(store):
+    store.persist(0, [(b"a", state(1))], 7)
+    store.set_persisted_offset(TP(CHANGELOG, 0), 9)
+    assert read_all(store) == ({b"a": state(1)}, 9)
+
+
+def test_a_kill_leaves_states_and_offset_of_the_same_batch(tmp_path):
+    writer = f"""
+import asyncio, itertools, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_state_table import assign, make_store, state
+
+async def write_for_ever():
+    store = await assign(make_store(Path({str(tmp_path)!r})), 0)
+    for number in itertools.count():
+        store.persist(0, [(b"%d" % user, state(number)) for user in range(50)], number)
+        if number == 100:
+            print("going", flush=True)
+
+asyncio.run(write_for_ever())
+"""
+    with subprocess.Popen([sys.executable, "-W", "ignore", "-c", writer], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"going\n"
+        process.send_signal(signal.SIGKILL)
+
+    async def read_after_the_kill():
+        store = await assign_in(tmp_path)
+        found = read_all(store)
+        await store.stop()
+        return found
+
+    states, offset = asyncio.run(read_after_the_kill())
+    assert offset >= 100
+    assert states == {b"%d" % user: state(offset) for user in range(50)}
+
+
+# -- partitions
+
+
+async def test_a_partition_that_is_not_assigned_can_be_neither_read_nor_written(store):
+    for use in (
+        lambda: store.load(1, [b"a"]),
+        lambda: store.persist(1, [(b"a", state(1))], 7),
+        lambda: store.persisted_offset(TP(CHANGELOG, 1)),
+    ):
+        with pytest.raises(StateError, match="partition 1 of user_state is not assigned to this worker"):
+            use()
+
+
+async def test_partitions_are_databases_of_their_own(store):
+    await assign(store, 0, 1)
+    store.persist(0, [(b"a", state(1))], 7)
+    store.persist(1, [(b"a", state(2))], 3)
+    assert store.load(0, [b"a"]) == [state(1)]
+    assert store.load(1, [b"a"]) == [state(2)]
+    assert [store.persisted_offset(TP(CHANGELOG, partition)) for partition in (0, 1)] == [7, 3]
+
+
+async def test_a_partition_that_left_is_closed_and_comes_back_with_its_states(store, tmp_path):
+    store.persist(0, [(b"a", state(1))], 7)
+    await assign(store, 1)
+    with pytest.raises(StateError, match=r"partition 0 .* not assigned"):
+        store.load(0, [b"a"])
+    other = await assign_in(tmp_path)  # closed indeed: another may open it
+    await other.stop()
+    await assign(store, 0)
+    assert read_all(store) == ({b"a": state(1)}, 7)
+
+
+async def test_partitions_that_stay_are_not_reopened(store):
+    store.persist(0, [(b"a", state(1))], 7)
+    kept = store._databases[0]
+    await assign(store, 0, 1, 2)
+    assert store._databases[0] is kept
+    assert sorted(store._databases) == [0, 1, 2]
+
+
+async def test_only_partitions_of_the_changelog_are_opened(tmp_path):
+    store = make_store(tmp_path)
+    await store.on_rebalance({TP("clicks", 0), TP("another-changelog", 1)}, set(), set())
+    assert store._databases == {}
+
+
+# -- what can't be this worker's states
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(LAYOUT, model="fedcba9876543210"),
+        replace(LAYOUT, precision="float32"),
+        replace(LAYOUT, recent_capacity=4),
+        replace(LAYOUT, blocks=2, channels=1),
+    ],
+    ids=["model", "precision", "ring", "architecture"],
+)
+async def test_states_of_another_model_or_layout_are_set_aside_whole(store, database, tmp_path, caplog, other):
+    store.persist(0, [(b"a", state(1))], 7)
+    await store.stop()
+    new = await assign(make_store(tmp_path, other), 0)
+    assert read_all(new) == ({}, None)
+    await new.stop()
+    [aside] = database.parent.glob("0.set-aside-*")
+    assert [(record.levelname, record.data["reason"], record.data["kept_at"]) for record in caplog.records] == [
+        ("WARNING", "its states have another model or layout", str(aside))
+    ]
+    shutil.rmtree(database)
+    aside.rename(database)
+    old = await assign_in(tmp_path)
+    assert read_all(old) == ({b"a": state(1)}, 7)
+    await old.stop()
+
+
+def test_a_folder_in_use_by_another_process_is_refused(tmp_path, database):
+    holder = f"""
+import rocksdict, sys
+database = rocksdict.Rdict({str(database)!r}, options=rocksdict.Options(raw_mode=True))
+print("open", flush=True)
+sys.stdin.read()
+"""
+    database.parent.mkdir(parents=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", holder], **pipes) as process:
+        assert process.stdout.readline() == b"open\n"
+        with pytest.raises(StateError, match=r"user_state/0 is in use by another worker; .*STREAM_APP_STATE_DIR"):
+            asyncio.run(assign_in(tmp_path))
+        process.communicate()
+    assert list(database.parent.iterdir()) == [database]  # nothing was set aside
+
+
+async def test_a_folder_in_use_by_another_store_of_this_process_is_refused(store, tmp_path):
+    with pytest.raises(StateError, match="is in use by another worker"):
+        await assign_in(tmp_path)
+    assert read_all(store) == ({}, None)
+
+
+# -- damage
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a store with 60 states in partition 0, at changelog offset 7, written out to an SST file."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    async def write():
+        store = await assign_in(folder)
+        store.persist(0, STATES.items(), 7)
+        store._databases[0].flush()
+        await store.stop()
+
+    asyncio.run(write())
+    return folder
+
+
+STATES = {b"user-%02d" % user: state(user) for user in range(60)}
+
+DAMAGE: dict[str, Callable[[bytearray], bytearray]] = {
+    "emptied": lambda data: data[:0],
+    "cut in half": lambda data: data[: len(data) // 2],
+    "flipped at the beginning": lambda data: bytearray([data[0] ^ 0xFF]) + data[1:],
+    "flipped in the middle": lambda data: _flip(data, len(data) // 2, 8),
+    "flipped near the end": lambda data: _flip(data, max(0, len(data) - 700), 8),
+}
+
+
+def _flip(data: bytearray, place: int, length: int) -> bytearray:
+    data[place : place + length] = bytes(byte ^ 0xFF for byte in data[place : place + length])
+    return data
+
+
+async def after_a_restart(folder: Path) -> tuple[dict[bytes, bytes], int | None]:
+    """States and offset that a worker finds; damage that shows only when it reads may end it once."""
+    with suppress(StateError):
+        return await read_and_stop(folder)
+    return await read_and_stop(folder)
+
+
+async def read_and_stop(folder: Path) -> tuple[dict[bytes, bytes], int | None]:
+    store = await assign_in(folder)
+    try:
+        loaded = zip(STATES, store.load(0, list(STATES)), strict=True)
+        return {key: row for key, row in loaded if row is not None}, store.persisted_offset(TP(CHANGELOG, 0))
+    finally:
+        await store.stop()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["CURRENT", "MANIFEST", ".sst"])
+async def test_a_damaged_database_is_begun_anew(whole, tmp_path, database, name, damage):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    [file] = [file for file in database.iterdir() if name in file.name]
+    file.write_bytes(DAMAGE[damage](bytearray(file.read_bytes())))
+    # RocksDB may not need what was harmed; and of a MANIFEST it takes the part before the harm.
+    assert await after_a_restart(tmp_path) in (({}, None), (STATES, 7))
+
+
+async def test_a_damaged_database_is_kept_aside_for_a_look(whole, tmp_path, database, caplog):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (database / "CURRENT").write_bytes(b"MANIF")
+    assert await after_a_restart(tmp_path) == ({}, None)
+    [aside] = database.parent.glob("0.set-aside-*")
+    assert (aside / "CURRENT").read_bytes() == b"MANIF"
+    [record] = caplog.records
+    assert record.getMessage() == "local state set aside, restoring from the changelog"
+    assert (record.data["partition"], record.data["kept_at"]) == (0, str(aside))
+
+
+@pytest.mark.parametrize("name", ["CURRENT", "MANIFEST", ".sst"])
+async def test_a_database_without_one_of_its_files_is_begun_anew(whole, tmp_path, database, name):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    [file] = [file for file in database.iterdir() if name in file.name]
+    file.unlink()
+    assert await after_a_restart(tmp_path) == ({}, None)
+
+
+def test_one_wrong_byte_anywhere_never_gives_a_wrong_state(whole, tmp_path_factory):
+    database = Path("v1/tables/user_state/0")
+    files = sorted(file.name for file in (whole / database).iterdir() if file.stat().st_size and file.name != "LOG")
+
+    @given(st.sampled_from(files), st.floats(0, 1, exclude_max=True), st.integers(1, 255))
+    @settings(max_examples=60)
+    def states_are_whole_or_gone(name, place, change):
+        folder = tmp_path_factory.mktemp("damaged") / "copy"
+        shutil.copytree(whole, folder)
+        file = folder / database / name
+        data = bytearray(file.read_bytes())
+        data[int(place * len(data))] ^= change
+        file.write_bytes(data)
+        assert asyncio.run(after_a_restart(folder)) in ((STATES, 7), ({}, None))
+        shutil.rmtree(folder)
+
+    states_are_whole_or_gone()
+
+
+async def test_damage_found_while_clicks_flow_ends_the_worker_and_the_next_start_begins_anew(whole, tmp_path, database):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    [file] = database.glob("*.sst")
+    file.write_bytes(_flip(bytearray(file.read_bytes()), 100, 8))  # in the block of the first users
+    store = await assign_in(tmp_path)
+    with pytest.raises(StateError, match=r"user_state/0 is damaged .* was set aside as 0\.set-aside-"):
+        store.load(0, list(STATES))
+    with pytest.raises(StateError, match="not assigned"):
+        store.persist(0, [(b"a", state(1))], 8)
+    await store.stop()
+    again = await assign_in(tmp_path)
+    assert read_all(again) == ({}, None)
+    await again.stop()
+
+
+# -- recovery
+
+
+def changelog_event(store: UserStateStore, rows: list[tuple[bytes | None, bytes | None]], offset: int) -> faust.Event:
+    """A batch of changelog records that ends at this offset, as the transport delivers it."""
+    first = offset - len(rows) + 1
+    records = [
+        ConsumerRecord(CHANGELOG, 0, first + place, 0, 0, key, value, None, -1, -1, ())
+        for place, (key, value) in enumerate(rows)
+    ]
+    tp = TP(CHANGELOG, 0)
+    message = ConsumerMessage(CHANGELOG, 0, offset, 0.0, 0, None, None, records, None, tp=tp)
+    return store.app.create_event(None, records, None, message)
+
+
+def restore(store: UserStateStore, *events: faust.Event) -> None:
+    store.apply_changelog_batch(events, store.table._to_key, store.table._to_value)
+
+
+states_of_users = st.lists(st.tuples(st.sampled_from([b"a", b"b", b"c"]), st.integers(-1, 9)), max_size=20)
+
+
+@given(states_of_users, states_of_users)
+@settings(max_examples=200)
+def test_the_highest_source_offset_of_a_user_wins_whatever_the_order(log, kept):
+    stored = {key: state(offset, clicks=1000) for key, offset in kept}
+    rows = restore_rows([(key, state(offset, clicks)) for clicks, (key, offset) in enumerate(log)], stored, LAYOUT)
+    assert len(dict(rows)) == len(rows)
+    after = stored | dict(rows)
+    for key in after:
+        offsets = [offset for user, offset in log if user == key]
+        mine = [LAYOUT.unpack([stored[key]])["source_offset"][0]] if key in stored else []
+        assert LAYOUT.unpack([after[key]])["source_offset"][0] == max(offsets + mine)
+
+
+@given(states_of_users, st.data())
+@settings(max_examples=100)
+def test_restoring_does_not_depend_on_order_or_batches(log, data):
+    rows = [(key, state(offset, clicks=offset)) for key, offset in log]  # one state an offset, as a changelog has it
+    whole = dict(restore_rows(rows, {}, LAYOUT))
+    stored, shuffled = {}, data.draw(st.permutations(rows))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=4)))
+    for start, stop in itertools.pairwise([0, *cuts, len(rows)]):
+        stored |= dict(restore_rows(shuffled[start:stop], stored, LAYOUT))
+    assert stored == whole
+
+
+def test_of_two_states_with_one_source_offset_the_later_in_the_log_wins():
+    assert restore_rows([(b"a", state(5, 1)), (b"a", state(5, 2))], {}, LAYOUT) == [(b"a", state(5, 2))]
+
+
+def test_tombstones_and_records_without_a_key_are_passed_over():
+    rows = [(b"a", state(1)), (b"a", None), (None, state(9)), (None, None)]
+    assert restore_rows(rows, {}, LAYOUT) == [(b"a", state(1))]
+
+
+@pytest.mark.parametrize(
+    ("foreign", "difference"),
+    [
+        (
+            state(1, layout=replace(LAYOUT, model="fedcba9876543210")),
+            r"model fedcba9876543210 \(here 0123456789abcdef\)",
+        ),
+        (state(1, layout=replace(LAYOUT, precision="float32")), r"hidden_bytes 4 \(here 2\)"),
+        (state(1)[:-1], "59 bytes, not 60"),
+        (b"", "0 bytes, not 60"),
+    ],
+)
+def test_a_foreign_state_in_the_changelog_is_refused_with_what_to_do(foreign, difference):
+    with pytest.raises(StateError, match=difference) as error:
+        restore_rows([(b"a", state(1)), (b"b", foreign)], {}, LAYOUT)
+    assert "a new STREAM_APP_APP_ID begins with new states" in str(error.value)
+
+
+async def test_a_changelog_is_restored_with_its_offset(store):
+    first = changelog_event(store, [(b"a", state(1)), (b"b", state(2)), (b"a", state(3))], 41)
+    second = changelog_event(store, [(b"b", state(0)), (b"c", state(4))], 43)
+    restore(store, first)
+    assert read_all(store) == ({b"a": state(3), b"b": state(2)}, 41)
+    restore(store, second)
+    assert read_all(store) == ({b"a": state(3), b"b": state(2), b"c": state(4)}, 43)
+
+
+async def test_a_batch_of_nothing_but_tombstones_still_moves_the_offset(store):
+    restore(store, changelog_event(store, [(b"a", None), (None, None)], 9))
+    assert read_all(store) == ({}, 9)
+
+
+async def test_a_foreign_state_in_the_changelog_crashes_the_app_and_restores_nothing_of_its_batch(store):
+    with pytest.raises(StateError, match="does not fit this worker"):
+        restore(store, changelog_event(store, [(b"a", state(1)), (b"b", b"foreign")], 41))
+    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
+    assert isinstance(store.app.crash_reason, StateError)
+    assert read_all(store) == ({}, None)
+
+
+# -- as a mapping, for people
+
+
+async def test_states_can_be_looked_at_by_hand_over_all_partitions(store):
+    await assign(store, 0, 1)
+    store.persist(0, [(b"a", state(1))], 7)
+    store.persist(1, [(b"b", state(2))], 8)
+    assert dict(store.items()) == {b"a": state(1), b"b": state(2)}
+    assert sorted(store) == [b"a", b"b"]
+    assert sorted(store.values()) == sorted([state(1), state(2)])
+    assert len(store) == 2
+    assert store[b"b"] == state(2)
+    assert b"a" in store
+    assert b"nobody" not in store
+
+
+async def test_only_the_pipeline_writes(store):
+    for write in (lambda: store.__setitem__(b"a", state(1)), lambda: store.__delitem__(b"a"), store.clear):
+        with pytest.raises(StateError, match="written by the pipeline alone"):
+            write()
+    with pytest.raises(StateError, match="changelog topic is the backup"):
+        await store.backup_partition(0)
+    with pytest.raises(StateError, match="changelog topic is the backup"):
+        store.restore_backup(0)
+
+
+async def test_a_reset_removes_the_local_states(store, tmp_path, database):
+    store.persist(0, [(b"a", state(1))], 7)
+    await store.stop()
+    store.reset_state()
+    assert not database.exists()
+    again = await assign_in(tmp_path)
+    assert read_all(again) == ({}, None)
+    await again.stop()
