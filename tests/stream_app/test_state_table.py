@@ -141,6 +141,35 @@ asyncio.run(write_for_ever())
     assert states == {b"%d" % user: state(offset) for user in range(50)}
 
 
+def test_a_log_cut_anywhere_leaves_states_and_offset_of_the_same_batch(tmp_path):
+    """What a crash of the machine leaves: the log's last bytes never reached the disk."""
+
+    async def write(folder):
+        store = await assign_in(folder)
+        for number in range(4):
+            store.persist(0, [(b"%d" % user, state(number)) for user in range(3)], number)
+        shutil.copytree(folder, tmp_path / "crashed")  # with the log as it is before any clean end
+        await store.stop()
+
+    async def read(folder):
+        store = await assign_in(folder)
+        found = read_all(store)
+        await store.stop()
+        return found
+
+    asyncio.run(write(tmp_path / "open"))
+    [log] = (tmp_path / "crashed").glob("**/*.log")
+    content, offsets = log.read_bytes(), set()
+    for length in range(0, len(content), 7):
+        folder = tmp_path / str(length)
+        shutil.copytree(tmp_path / "crashed", folder)
+        (folder / log.relative_to(tmp_path / "crashed")).write_bytes(content[:length])
+        states, offset = asyncio.run(read(folder))
+        assert states == ({} if offset is None else {b"%d" % user: state(offset) for user in range(3)})
+        offsets.add(offset)
+    assert offsets == {None, 0, 1, 2}
+
+
 # -- partitions
 
 
@@ -299,6 +328,16 @@ async def test_a_damaged_database_is_begun_anew(whole, tmp_path, database, name,
     file.write_bytes(DAMAGE[damage](bytearray(file.read_bytes())))
     # RocksDB may not need what was harmed; and of a MANIFEST it takes the part before the harm.
     assert await after_a_restart(tmp_path) in (({}, None), (STATES, 7))
+
+
+async def test_a_database_whose_own_description_is_damaged_is_begun_anew_at_once(whole, tmp_path, database):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    [file] = database.glob("*.sst")
+    data = bytearray(file.read_bytes())
+    file.write_bytes(_flip(data, data.index(b"changelog-offset"), 4))  # beside the layout, which is read first
+    store = await assign_in(tmp_path)
+    assert read_all(store) == ({}, None)
+    await store.stop()
 
 
 async def test_a_damaged_database_is_kept_aside_for_a_look(whole, tmp_path, database, caplog):
