@@ -35,14 +35,15 @@ def one_blas_thread():
         yield
 
 
-@pytest.fixture(scope="module")
-def wide_bundle():
+@pytest.fixture(scope="module", params=[(8, 20), (64, 500), (128, 60)], ids=lambda size: f"d{size[0]}-v{size[1]}")
+def sized_bundle(request):
     """Of 500 items at d = 64, a score product of 8 rows goes another route through OpenBLAS than one of 32."""
+    d, items = request.param
     torch.manual_seed(1)
-    model = LRURec(LRURecConfig(num_items=500, hidden_units=64, num_blocks=1))
+    model = LRURec(LRURecConfig(num_items=items, hidden_units=d, num_blocks=1))
     with torch.no_grad():
         model.item_embedding.weight.mul_(20)
-    return make_bundle(model.config, model.state_dict(), Catalogue(str(row) for row in range(500)))
+    return make_bundle(model.config, model.state_dict(), Catalogue(str(row) for row in range(items)))
 
 
 def compiled(bundle, precision="float32", *, k=10, exclude_seen=True, recent=100, max_batch=64):
@@ -156,10 +157,10 @@ def test_float16_states_blur_the_scores_by_some_thousandths_and_no_more_after_a_
 @pytest.mark.parametrize("precision", ["float16", "float32"])
 @given(data=st.data())
 @settings(max_examples=25)
-def test_a_click_gives_the_same_bits_however_clicks_are_cut_into_batches(wide_bundle, precision, data):
-    history = data.draw(histories(items=500))
+def test_a_click_gives_the_same_bits_however_clicks_are_cut_into_batches(sized_bundle, precision, data):
+    history = data.draw(histories(sized_bundle.config.num_items))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(history)), max_size=6)))
-    engine = compiled(wide_bundle, precision, k=500)
+    engine = compiled(sized_bundle, precision, k=sized_bundle.config.num_items)
     clicks = columns(history)
     whole, ranking = advance(engine, clicks)
     states, parts = engine.layout.unpack([None] * 5), []
@@ -174,12 +175,12 @@ def test_a_click_gives_the_same_bits_however_clicks_are_cut_into_batches(wide_bu
 
 @given(data=st.data())
 @settings(max_examples=25)
-def test_a_click_gives_the_same_bits_however_users_are_interleaved(wide_bundle, data):
-    history = data.draw(histories(items=500))
+def test_a_click_gives_the_same_bits_however_users_are_interleaved(sized_bundle, data):
+    history = data.draw(histories(sized_bundle.config.num_items))
     users = data.draw(st.permutations([user for user, _ in history]))
     queues = {user: iter([place for place, click in enumerate(history) if click[0] == user]) for user in range(5)}
     order = np.array([next(queues[user]) for user in users], np.int64)
-    engine = compiled(wide_bundle, "float16", k=500)
+    engine = compiled(sized_bundle, "float16", k=sized_bundle.config.num_items)
     whole, ranking = advance(engine, columns(history))
     shuffled, found = advance(engine, columns([history[place] for place in order]))
     for field in ("items", "scores", "clicks"):
