@@ -163,8 +163,8 @@ def wait_until(condition: Callable[[], bool], seconds: float, explain: Callable[
 
 
 @asynccontextmanager
-async def producer(site: Site) -> AsyncIterator[AIOKafkaProducer]:
-    client = AIOKafkaProducer(bootstrap_servers=site.bootstrap, acks="all", linger_ms=2)
+async def producer(site: Site, compression: str | None = None) -> AsyncIterator[AIOKafkaProducer]:
+    client = AIOKafkaProducer(bootstrap_servers=site.bootstrap, acks="all", linger_ms=2, compression_type=compression)
     await client.start()
     try:
         yield client
@@ -178,9 +178,11 @@ def click(user_id: str, item_id: str, timestamp_ms: int = 1_700_000_000_000, **m
     return user_id.encode(), json.dumps(event).encode()
 
 
-async def produce(site: Site, records: Iterable[tuple[bytes | None, bytes | None]]) -> None:
+async def produce(
+    site: Site, records: Iterable[tuple[bytes | None, bytes | None]], compression: str | None = None
+) -> None:
     """Write records to the clicks topic, keyed by the default partitioner."""
-    async with producer(site) as client:
+    async with producer(site, compression) as client:
         sent = [await client.send(site.clicks, key=key, value=value) for key, value in records]
         await asyncio.gather(*sent)
 

@@ -187,6 +187,14 @@ async def test_poison_goes_to_the_dead_letters_untouched_and_stops_nobody(
         assert headers["disposition"]
 
 
+async def test_clicks_are_read_whatever_their_compression(site: Site, worker: WorkerProcess, bundle: Bundle) -> None:
+    clicks = random_clicks(500, users=30, seed=10)
+    for number, compression in enumerate(["gzip", "snappy", "lz4", "zstd", None]):
+        part = clicks[number * 100 : (number + 1) * 100]
+        await produce(site, [click(user, item) for user, item in part], compression)
+    assert_exact(await recommendations_for(site, len(clicks)), clicks, bundle)
+
+
 async def test_clicks_on_unknown_items_are_counted_and_advance_nobody(
     site: Site, worker: WorkerProcess, bundle: Bundle
 ) -> None:
