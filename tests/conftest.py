@@ -1,6 +1,7 @@
 """Shapes and types of array code are checked at run time, in tests alone: at no cost to users."""
 
 from hypothesis import settings
+import pytest
 from jaxtyping import install_import_hook
 
 #: Every module of lrurec with functions that take arrays; the compiled loops in kernels.py have types of their own.
@@ -26,3 +27,8 @@ install_import_hook([f"lrurec.{module}" for module in _CHECKED], "beartype.beart
 # The first example of a property compiles what it calls, and machines that run tests are shared.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The fast ones first: what starts processes or needs a broker comes last."""
+    items.sort(key=lambda item: "dev" in item.path.parts or "bootstrap" in getattr(item, "fixturenames", ()))
