@@ -1,7 +1,7 @@
 """Shapes and types of array code are checked at run time, in tests alone: at no cost to users."""
 
-from hypothesis import settings
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 #: Every module of lrurec with functions that take arrays; the compiled loops in kernels.py have types of their own.
