@@ -59,8 +59,8 @@ class Engine(Protocol):
     ) -> tuple[UserStates, Ranking]:
         """The states after all clicks, one step a click, and the ranking after the clicks that `ranked` names.
 
-        `states` is left as it was. What a click gives depends on its user's state and earlier clicks alone, to the bit
-        on one machine: never on how clicks are cut into batches.
+        `ranked` ascends; `states` is left as it was. What a click gives depends on its user's state and earlier clicks
+        alone, never on how clicks are cut into batches: to the bit on one machine, but for `TorchEngine`.
         """
         ...
 
@@ -178,8 +178,9 @@ class CompiledEngine:
 class TorchEngine:
     """The same on a torch device, as whole-batch operators: step number s advances every user's click number s.
 
-    Float32 throughout; the state is rounded as it is stored after every click. Never measured on a GPU yet: its
-    equality with `CompiledEngine` is tested on the CPU device.
+    Float32 throughout; the state is rounded as it is stored after every click. Torch's products may differ in the last
+    bits between batches of different sizes, so here a click's result is the same in every batch to rounding only. Never
+    run on a GPU yet: its equality with `CompiledEngine` is tested on the CPU device.
     """
 
     def __init__(

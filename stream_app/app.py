@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import faust
 from mode.supervisors import CrashingSupervisor
@@ -18,22 +18,23 @@ from stream_app.metrics import Metrics
 from stream_app.micro_batch import MicroBatcher
 from stream_app.pipeline import Pipeline, Topics
 from stream_app.publisher import Publisher
-from stream_app.record_batches import RecordBatchSchema, RecordBatchTransport
+from stream_app.record_batches import RecordBatchConsumer, RecordBatchSchema, RecordBatchTransport
 from stream_app.settings import Settings
-from stream_app.state_table import user_state_table
+from stream_app.state_table import UserStateTable, user_state_table
 
-#: Events that may wait in Faust's queue. The transport's own limit is far below, so that Faust never finds it full: it
-#: would stop polling for a second.
+#: Events that may wait in Faust's queue. The transport's own limit, in clicks, is far below, so that Faust never finds
+#: it full: it would stop polling for a second.
 _QUEUE = 65_536
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The assembled worker, not yet started; `worker.run` starts and stops it."""
+    """The assembled worker, not yet started; `worker.run_worker` starts and stops it."""
 
     app: faust.App
     clicks_topic: str
     bundle: Bundle
+    table: UserStateTable
     publisher: Publisher
     pipeline: Pipeline
     health: HealthServer
@@ -84,8 +85,8 @@ def build_parts(settings: Settings) -> Parts:
         timeout_seconds=settings.broker_timeout_seconds + 5,
     )
     add_agent(app, settings, pipeline)
-    health = HealthServer(metrics, lambda: is_ready(app), lambda: _refresh(app, settings.clicks_topic, metrics))
-    return Parts(app, settings.clicks_topic, bundle, publisher, pipeline, health, metrics)
+    health = HealthServer(metrics, lambda: is_ready(app), lambda: _refresh(app, metrics))
+    return Parts(app, settings.clicks_topic, bundle, table, publisher, pipeline, health, metrics)
 
 
 def build_app(settings: Settings) -> faust.App:
@@ -137,19 +138,15 @@ def is_ready(app: faust.App) -> bool:
     return bool(app.tables.actives_ready and not app.rebalancing)
 
 
-def lag_of(app: faust.App, clicks_topic: str) -> dict[int, int]:
-    """Assigned partition → clicks in the log that no commit has passed, as far as the last poll saw."""
-    if not is_ready(app):
-        return {}
-    ends, committed = app.monitor.tp_end_offsets, app.monitor.tp_committed_offsets
-    ours = [tp for tp in app.consumer.assignment() if tp.topic == clicks_topic]
-    return {tp.partition: max(0, ends.get(tp, 0) - committed.get(tp, 0)) for tp in ours}
+def lag_of(app: faust.App) -> dict[int, int]:
+    """Assigned partition → clicks in the log that no commit has passed; left out while Kafka hasn't told its end."""
+    return cast("RecordBatchConsumer", app.consumer).lag() if is_ready(app) else {}
 
 
-def _refresh(app: faust.App, clicks_topic: str, metrics: Metrics) -> None:
+def _refresh(app: faust.App, metrics: Metrics) -> None:
     metrics.ready.set(is_ready(app))
     metrics.lag.clear()
-    for partition, clicks in lag_of(app, clicks_topic).items():
+    for partition, clicks in lag_of(app).items():
         metrics.lag.labels(partition).set(clicks)
 
 

@@ -97,6 +97,7 @@ class Pipeline:
         self._unpersisted = _UnpersistedStates(store)
         self._arrived: asyncio.Queue[EventT[Any]] = asyncio.Queue()
         self._arrived_clicks = 0
+        self._held: EventT[Any] | None = None  # arrived, but too large for the micro-batch before
         self._taken = asyncio.Event()
         self._computed: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
         self._sent: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
@@ -141,24 +142,32 @@ class Pipeline:
         await self._computed.put(batch)
 
     async def _gather(self) -> list[EventT[Any]]:
-        """What has arrived on all partitions while the last micro-batch was computed, at least one event."""
-        events = [await self._arrived.get()]
+        """What has arrived on all partitions while the last micro-batch was computed: one event, or as many as fit."""
+        events = [self._held or await self._arrived.get()]
+        self._held = None
         clicks = len(records_of(events[0]))
         deadline = time.monotonic() + self._max_wait_seconds
         while clicks < self._max_batch:
-            if self._arrived.empty():
-                try:
-                    async with asyncio.timeout(deadline - time.monotonic()):
-                        event = await self._arrived.get()
-                except TimeoutError:
-                    break
-            else:
-                event = self._arrived.get_nowait()
+            event = await self._next_event(deadline)
+            if event is None:
+                break
+            if clicks + len(records_of(event)) > self._max_batch:
+                self._held = event
+                break
             events.append(event)
             clicks += len(records_of(event))
         self._arrived_clicks -= clicks
         self._taken.set()
         return events
+
+    async def _next_event(self, deadline: float) -> EventT[Any] | None:
+        if not self._arrived.empty():
+            return self._arrived.get_nowait()
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await self._arrived.get()
+        except TimeoutError:
+            return None
 
     def _fill(self, batch: _MicroBatch) -> None:
         now_ms = time.time_ns() // 1_000_000

@@ -87,8 +87,15 @@ class Publisher:
         return batches
 
     async def send(self, topic: str, batches: Iterable[Batch]) -> list[asyncio.Future[Any]]:
-        """Hand batches over, in order for each partition; the futures resolve when Kafka has acknowledged them."""
-        return [await self._producer.send_batch(b.records, topic, partition=b.partition) for b in batches]
+        """Hand batches over, in order for each partition; the futures resolve when Kafka has acknowledged them.
+
+        Raises:
+            WorkerError: the batch before one of these did not get out in time.
+        """
+        try:
+            return [await self._producer.send_batch(b.records, topic, partition=b.partition) for b in batches]
+        except KafkaError as error:
+            raise WorkerError(f"Kafka takes no more records for {topic}: {error!r}") from None
 
     async def send_dead_letters(self, topic: str, letters: Sequence[DeadLetter]) -> list[asyncio.Future[Any]]:
         """Hand dead letters over; the futures resolve when Kafka has acknowledged them."""

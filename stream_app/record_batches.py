@@ -13,12 +13,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, cast
+from weakref import WeakSet
 
 from faust import Schema
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, AppT, EventT, Message
 from faust.types.tuples import ConsumerMessage
 
+from stream_app.errors import WorkerError
 from stream_app.messages import Record
 
 
@@ -48,6 +50,8 @@ class RecordBatchConsumer(driver.Consumer):
         super().__init__(*args, **kwargs)
         self._polling = asyncio.Lock()
         self._acknowledged = asyncio.Event()
+        # Weak: what Faust drops from its queues at a rebalance leaves by itself.
+        self._delivered: WeakSet[Message] = WeakSet()
         self._to_open: set[TP] = set()
         self._settled = False
 
@@ -67,7 +71,10 @@ class RecordBatchConsumer(driver.Consumer):
                 return
             if active is None or tp in active or tp in self._buffered_partitions:
                 self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
-                yield tp, self._to_message(tp, records)
+                message = self._to_message(tp, records)
+                if not self._is_changelog_tp(tp):
+                    self._delivered.add(message)
+                yield tp, message
 
     async def _has_room(self, timeout: float) -> bool:
         if self._unacknowledged() < self.max_unacknowledged:
@@ -80,7 +87,7 @@ class RecordBatchConsumer(driver.Consumer):
         return self._unacknowledged() < self.max_unacknowledged
 
     def _unacknowledged(self) -> int:
-        return sum(len(cast("Sequence[Record]", message.value)) for message in self._unacked_messages)
+        return sum(len(cast("Sequence[Record]", message.value)) for message in self._delivered)
 
     def _to_message(self, tp: TP, records: Sequence[Any]) -> ConsumerMessage:
         last = records[-1]
@@ -100,6 +107,7 @@ class RecordBatchConsumer(driver.Consumer):
 
     def ack(self, message: Message) -> bool:
         """Acknowledge a batch, and let a poll that waits for room go on."""
+        self._delivered.discard(message)
         self._acknowledged.set()
         return super().ack(message)
 
@@ -145,8 +153,20 @@ class RecordBatchConsumer(driver.Consumer):
     async def perform_seek(self) -> None:
         """Seek to the committed offsets, with no poll under way that could still bring records from before.
 
-        Faust leaves a partition without a committed offset wherever it is; it belongs at its beginning.
+        Faust leaves a partition without a committed offset wherever it is; it belongs at its beginning. Where this
+        takes too long the worker is ended: Faust's recovery would end without a word, and the worker never be ready.
         """
+        seconds = self.app.conf.broker_request_timeout * 0.9
+        try:
+            async with asyncio.timeout(seconds):
+                await self._seek_sources()
+        except TimeoutError:
+            error = WorkerError(f"Kafka did not tell the committed offsets within {seconds:g} seconds")
+            await self.app.crash(error)
+            raise error from None
+        self._settled = True
+
+    async def _seek_sources(self) -> None:
         async with self._polling:
             await super().perform_seek()
             fresh = [
@@ -172,6 +192,15 @@ class RecordBatchConsumer(driver.Consumer):
 
         Here a batch that does not become durable ends the worker, and the lag is a metric.
         """
+
+    def lag(self) -> dict[int, int]:
+        """Source partition → records in the log that no commit has passed; left out while its end isn't known."""
+        ends = {tp: self.highwater(tp) for tp in self.assignment() if not self._is_changelog_tp(tp)}
+        return {
+            tp.partition: max(0, end - (self._committed_offset.get(tp) or 0))
+            for tp, end in ends.items()
+            if end is not None
+        }
 
     async def leave_group(self) -> None:
         """Leave the consumer group at once, without waiting for what is in flight."""

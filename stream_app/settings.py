@@ -1,4 +1,4 @@
-"""Environment → one frozen `Settings`. Read once, at the edge; nothing else in the project looks at the environment."""
+"""Environment → one frozen `Settings`, read once, at the edge."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ from lrurec.user_state import StateLayout, UserStateError
 from stream_app.errors import StateError
 from stream_app.record_batches import RecordBatchSchema, records_of
 
-logger = logging.getLogger(__name__)
+#: Named apart from this module: mode gives each service its module's logger, and those are quieted (see logs.py).
+logger = logging.getLogger("stream_app.local_state")
 
 # User keys are UTF-8, in which the byte 0xff does not occur: these can't be anybody's.
 _CHANGELOG_OFFSET = b"\xff\xffchangelog-offset"
@@ -37,7 +38,6 @@ _LAYOUT = b"\xff\xfflayout"
 _IN_USE = re.compile("While lock file|lock hold by current process")
 
 _OFFSET = struct.Struct("<q")
-_SOURCE_OFFSET_AT = 16  # of the field source_offset in a state, see lrurec.user_state
 
 #: A key and the packed state to store under it.
 Row = tuple[bytes, bytes]
@@ -63,6 +63,7 @@ class UserStateStore(SerializedStore):
         self._identity = layout.header + struct.pack("<q", layout.dtype.itemsize)
         self._cache = rocksdict.Cache(cache_bytes)
         self._databases: dict[int, rocksdict.Rdict] = {}
+        self.restored = 0  # changelog records applied so far: a recovery that goes on is seen by it
 
     # -- what the pipeline uses
 
@@ -114,8 +115,11 @@ class UserStateStore(SerializedStore):
                 stored = dict(zip(keys, self.load(event.message.partition, keys), strict=True))
                 rows = restore_rows(((r.key, r.value) for r in records), stored, self.layout)
                 self.persist(event.message.partition, rows, event.message.offset)
-        except (StateError, rocksdict.DbClosedError) as error:
-            self.loop.create_task(self.app.crash(error))
+                self.restored += len(records)
+        except Exception as error:
+            folder = self._folder()
+            reason = error if isinstance(error, StateError) else StateError(f"restoring to {folder} failed: {error}")
+            self.loop.create_task(self.app.crash(reason))
             raise
 
     async def on_rebalance(
@@ -312,19 +316,20 @@ def restore_rows(
         StateError: a record is no state of this layout.
     """
     newest: dict[bytes, bytes] = {}
+    place = layout.dtype.fields["source_offset"][1] if layout.dtype.fields else 0
+
+    def offset_of(state: bytes) -> int:
+        return int(_OFFSET.unpack_from(state, place)[0])
+
     for key, state in records:
         if key is None or state is None:  # nobody here writes tombstones or records without a key
             continue
         if len(state) != layout.dtype.itemsize or not state.startswith(layout.header):
             raise StateError(_foreign_state(state, layout))
         known = newest.get(key) or stored.get(key)
-        if known is None or _source_offset(state) >= _source_offset(known):
+        if known is None or offset_of(state) >= offset_of(known):
             newest[key] = state
     return list(newest.items())
-
-
-def _source_offset(state: bytes) -> int:
-    return int(_OFFSET.unpack_from(state, _SOURCE_OFFSET_AT)[0])
 
 
 def _foreign_state(state: bytes, layout: StateLayout) -> str:

@@ -7,10 +7,13 @@ import os
 import signal
 import sys
 import time
-from typing import NoReturn, cast
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, NoReturn, cast
 
 import structlog
 import uvloop
+from faust.exceptions import ConsistencyError
 from threadpoolctl import threadpool_limits
 
 from lrurec.errors import LRURecError
@@ -27,8 +30,12 @@ log = structlog.get_logger(__name__)
 #: Seconds between progress lines.
 _PROGRESS_SECONDS = 10.0
 
-#: Seconds that a worker which can't go on takes to leave the group in order.
-_LAST_SECONDS = 5.0
+#: Seconds kept of the shutdown's for leaving the group when draining fails.
+_LEAVING_SECONDS = 3.0
+
+#: Seconds beyond a request's deadline that a worker may be neither ready nor restoring: joining a group waits for the
+#: other members, for a minute at most.
+_STUCK_SECONDS = 90.0
 
 
 def run_worker(settings: Settings) -> None:
@@ -46,37 +53,53 @@ def run_worker(settings: Settings) -> None:
 
 async def _run(settings: Settings) -> None:
     stop = _stop_on_signals()
-    await verify_topics(settings)
+    if not await _done_before(stop, verify_topics(settings)):
+        return
     # One core does the products: threads of BLAS beside the event loop only wait for each other.
     threadpool_limits(1, user_api="blas")
     parts = build_parts(settings)
     log.info("starting", app_id=settings.app_id, broker=settings.broker, model_version=parts.bundle.version)
+    topics = (settings.recommendations_topic, settings.dead_letter_topic, settings.changelog_topic)
     try:
         if settings.web_port:
             await parts.health.start(settings.web_host, settings.web_port)
-        topics = (settings.recommendations_topic, settings.dead_letter_topic, settings.changelog_topic)
-        await parts.publisher.start(topics)
-        await _work(parts, stop, settings.shutdown_seconds)
+        if await _done_before(stop, parts.publisher.start(topics)):
+            await _work(parts, stop, settings)
     finally:
         await parts.publisher.stop()
         await parts.health.stop()
     log.info("stopped", clicks=int(value(parts.metrics.applied)))
 
 
-async def _work(parts: Parts, stop: asyncio.Event, shutdown_seconds: float) -> None:
+async def _done_before(stop: asyncio.Event, step: Coroutine[Any, Any, None]) -> bool:
+    """Whether a step of the start ended before a signal asked to stop; if not, it is given up."""
+    doing, asked = asyncio.create_task(step), asyncio.create_task(stop.wait())
+    await asyncio.wait({doing, asked}, return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    if doing.done():
+        doing.result()
+        return True
+    doing.cancel()
+    await asyncio.gather(doing, return_exceptions=True)
+    return False
+
+
+async def _work(parts: Parts, stop: asyncio.Event, settings: Settings) -> None:
     """Run the pipeline and Faust until a signal, then drain. What can't go on ends the process here."""
     pipeline = asyncio.create_task(parts.pipeline.run(), name="pipeline")
     progress = asyncio.create_task(_report_progress(parts), name="progress")
     starting = asyncio.create_task(parts.app.start(), name="start")  # ends when the states are restored
+    stuck = asyncio.create_task(_until_stuck(parts, settings.broker_timeout_seconds + _STUCK_SECONDS), name="watch")
+    leaving_seconds = min(_LEAVING_SECONDS, settings.shutdown_seconds / 4)
     try:
-        await _until_stopped(parts, stop, starting, pipeline)
-        await _drain(parts, shutdown_seconds)
+        await _until_stopped(parts, stop, starting, stuck, pipeline)
+        await _drain(parts, pipeline, settings.shutdown_seconds - leaving_seconds)
     except Exception as error:  # noqa: BLE001  (whatever it is, going on could lose or double clicks)
-        await _end_process(parts, error)
+        await _end_process(parts, error, leaving_seconds)
     finally:
-        for task in (progress, pipeline):
+        for task in (progress, stuck, pipeline):
             task.cancel()
-        await asyncio.gather(progress, pipeline, return_exceptions=True)
+        await asyncio.gather(progress, stuck, pipeline, return_exceptions=True)
 
 
 def _stop_on_signals() -> asyncio.Event:
@@ -95,7 +118,11 @@ def _stop_on_signals() -> asyncio.Event:
 
 
 async def _until_stopped(
-    parts: Parts, stop: asyncio.Event, starting: asyncio.Task[None], pipeline: asyncio.Task[None]
+    parts: Parts,
+    stop: asyncio.Event,
+    starting: asyncio.Task[None],
+    stuck: asyncio.Task[None],
+    pipeline: asyncio.Task[None],
 ) -> None:
     """Return when a signal asks for it, be it during the start.
 
@@ -104,39 +131,73 @@ async def _until_stopped(
     """
     asked = asyncio.create_task(stop.wait())
     crashed = asyncio.create_task(parts.app.wait_until_stopped())
+    ends = {asked, crashed, stuck, pipeline}
     try:
-        await asyncio.wait({asked, starting, crashed, pipeline}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({starting, *ends}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done() and not starting.cancelled():
             starting.result()
-            await asyncio.wait({asked, crashed, pipeline}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in (asked, starting, crashed):
             task.cancel()
     if pipeline.done():
         pipeline.result()
         raise WorkerError("the pipeline ended without a reason")
-    reason = parts.app.crash_reason
-    if reason is not None:
-        raise reason if isinstance(reason, StreamAppError) else WorkerError(f"Faust stopped: {reason!r}")
+    if stuck.done():
+        stuck.result()
+    if parts.app.crash_reason is not None:
+        raise _explained(parts.app.crash_reason, parts.app.conf.datadir)
 
 
-async def _drain(parts: Parts, seconds: float) -> None:
-    """Finish what is in flight, commit, leave the group.
+def _explained(reason: BaseException, folder: Path) -> Exception:
+    if isinstance(reason, ConsistencyError):
+        return WorkerError(
+            f"a database in {folder} holds more of the changelog than Kafka has, so it belongs to another changelog: "
+            "remove that folder and start again; the states are restored from the changelog"
+        )
+    if isinstance(reason, (StreamAppError, LRURecError)):
+        return reason
+    return WorkerError(f"Faust stopped: {reason!r}")
+
+
+async def _until_stuck(parts: Parts, seconds: float) -> None:
+    """Watch that the worker becomes ready; Faust's recovery may end without a word when Kafka answers late.
 
     Raises:
-        WorkerError: it took longer than it may; what was not acknowledged is done again by the next owner.
+        WorkerError: for so long it was neither ready nor restored a state.
     """
-    try:
-        async with asyncio.timeout(seconds):
-            await parts.app.stop()
-    except TimeoutError:
-        raise WorkerError(
-            f"draining took longer than STREAM_APP_SHUTDOWN_SECONDS={seconds:g}; "
-            "what was not acknowledged is done again by the partitions' next owner"
-        ) from None
+    seen, since = -1, time.monotonic()
+    while True:
+        await asyncio.sleep(0.5)
+        restored = parts.table.store.restored
+        if is_ready(parts.app) or restored != seen:
+            seen, since = restored, time.monotonic()
+        if time.monotonic() - since > seconds:
+            raise WorkerError(f"the worker was neither ready nor restored a state for {seconds:g} seconds")
 
 
-async def _end_process(parts: Parts, error: Exception) -> NoReturn:
+async def _drain(parts: Parts, pipeline: asyncio.Task[None], seconds: float) -> None:
+    """Finish what is in flight, commit, leave the group.
+
+    Faust's stop is not awaited beyond the deadline: parts of it swallow a cancellation and wait on.
+
+    Raises:
+        WorkerError or what the pipeline raised: it took longer than it may, or the pipeline died meanwhile; what was
+            not acknowledged is done again by the next owner.
+    """
+    stopping = asyncio.create_task(parts.app.stop(), name="stop")
+    await asyncio.wait({stopping, pipeline}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    if stopping.done():
+        return stopping.result()
+    if pipeline.done():
+        pipeline.result()
+    raise WorkerError(
+        "draining takes longer than STREAM_APP_SHUTDOWN_SECONDS allows; "
+        "what is not acknowledged is done again by the partitions' next owner"
+    )
+
+
+async def _end_process(parts: Parts, error: Exception, leaving_seconds: float) -> NoReturn:
     """Leave the group, so that another worker can take over at once, and exit with 1.
 
     No orderly stop: Faust's would wait for clicks that nobody will acknowledge. The durable order makes that safe.
@@ -144,7 +205,7 @@ async def _end_process(parts: Parts, error: Exception) -> NoReturn:
     unexpected = not isinstance(error, (StreamAppError, LRURecError))
     log.error("ended", error=str(error) or repr(error), exc_info=error if unexpected else None)
     try:
-        async with asyncio.timeout(_LAST_SECONDS):
+        async with asyncio.timeout(leaving_seconds):
             await cast("RecordBatchConsumer", parts.app.consumer).leave_group()
     except Exception as further:  # noqa: BLE001  (the first error is the one to report)
         log.warning("leaving the group failed", error=repr(further))
@@ -159,7 +220,7 @@ async def _report_progress(parts: Parts) -> None:
         await asyncio.sleep(0.1)
         ready = is_ready(parts.app)
         if ready != was_ready:
-            assigned = sorted(tp.partition for tp in parts.app.consumer.assignment() if "changelog" not in tp.topic)
+            assigned = sorted(tp.partition for tp in parts.app.consumer.assignment() if tp.topic == parts.clicks_topic)
             log.info("ready" if ready else "rebalancing", partitions=assigned)
             was_ready = ready
         now, clicks = time.monotonic(), value(parts.metrics.applied)
@@ -170,7 +231,7 @@ async def _report_progress(parts: Parts) -> None:
                     clicks=int(clicks),
                     clicks_per_second=round((clicks - counted) / (now - last)),
                     skipped=int(value(parts.metrics.skipped)),
-                    lag=sum(lag_of(parts.app, parts.clicks_topic).values()),
+                    lag=sum(lag_of(parts.app).values()),
                     unknown_items=int(value(parts.metrics.unknown_items)),
                     dead_letters=int(value(parts.metrics.dead_letters)),
                 )

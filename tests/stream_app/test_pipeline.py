@@ -1,14 +1,22 @@
-"""States between computation and disk. The order of the pipeline's steps is tested by kills, in test_worker.py."""
+"""The durable order, step by step with acknowledgements given by hand, and states between computation and disk."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+from aiokafka.errors import KafkaError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stream_app.micro_batch import KeyValue
-from stream_app.pipeline import _UnpersistedStates
+from stream_app.errors import WorkerError
+from stream_app.messages import DeadLetter
+from stream_app.metrics import Metrics
+from stream_app.micro_batch import KeyValue, Outbox
+from stream_app.pipeline import Pipeline, Topics, _UnpersistedStates
 
 PARTITIONS, USERS = 2, 3
 
@@ -65,3 +73,155 @@ def test_persisted_states_are_not_kept() -> None:
     states.persisted = 2
     states.forget_persisted()
     assert states.load(0, [b"u"]) == [None]
+
+
+class Journal:
+    """A Kafka, a disk and events that write down what happens, and acknowledge when the test says so."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.open: dict[str, asyncio.Future[Any]] = {}
+
+    def _future(self, step: str) -> asyncio.Future[Any]:
+        self.steps.append(step)
+        self.open[step] = asyncio.get_running_loop().create_future()
+        return self.open[step]
+
+    def acknowledge(self, step: str) -> None:
+        self.open.pop(step).set_result(SimpleNamespace(offset=70))
+
+    # as the publisher
+    def pack(self, topic: str, records: Sequence[KeyValue], timestamp_ms: int) -> list[Any]:
+        return [SimpleNamespace(name=record.value.decode()) for record in records]
+
+    def pack_for(self, partition: int, records: Sequence[KeyValue], timestamp_ms: int) -> list[Any]:
+        names = "+".join(record.value.decode() for record in records)
+        return [SimpleNamespace(name=names, records=SimpleNamespace(record_count=lambda: len(records)))]
+
+    async def send(self, topic: str, batches: Sequence[Any]) -> list[asyncio.Future[Any]]:
+        return [self._future(f"{topic} {batch.name}") for batch in batches]
+
+    async def send_dead_letters(self, topic: str, letters: Sequence[DeadLetter]) -> list[asyncio.Future[Any]]:
+        return [self._future(f"{topic} {(letter.value or b'').decode()}") for letter in letters]
+
+    # as the store
+    def load(self, partition: int, keys: Sequence[bytes]) -> list[bytes | None]:
+        return [None] * len(keys)
+
+    def persist(self, partition: int, rows: Sequence[KeyValue], changelog_offset: int) -> None:
+        names = "+".join(row.value.decode() for row in rows)
+        self.steps.append(f"disk {names} up to {changelog_offset}")
+
+    # as events and the computation
+    def event(self, *records: str) -> Any:
+        return SimpleNamespace(
+            message=SimpleNamespace(value=list(records)), ack=lambda: self.steps.append(f"ack {'+'.join(records)}")
+        )
+
+    def advance(self, batches: Sequence[Sequence[str]], load: Any, now_ms: int) -> Outbox:
+        records = [record for batch in batches for record in batch]
+        return Outbox(
+            recommendations=[KeyValue(b"u", f"list-{record}".encode()) for record in records],
+            dead_letters=[DeadLetter(None, f"letter-{record}".encode(), []) for record in records],
+            states={3: [KeyValue(f"user-{record}".encode(), f"state-{record}".encode()) for record in records]},
+            applied=len(records),
+        )
+
+
+@pytest.fixture
+async def journal() -> Journal:
+    return Journal()
+
+
+@pytest.fixture
+async def pipeline(journal: Journal) -> AsyncIterator[tuple[Pipeline, asyncio.Task[None]]]:
+    topics = Topics("recommendations", "dead-letters", "changelog")
+    part: Any = journal
+    made = Pipeline(part, part, part, topics, Metrics(), max_batch=2, max_wait_seconds=0, timeout_seconds=5)
+    running = asyncio.create_task(made.run())
+    yield made, running
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  (the condition is the journal's, in which nobody signals)
+            await asyncio.sleep(0)
+
+
+async def settled() -> None:
+    """Whatever could go on without a further acknowledgement has gone on; the threads too."""
+    for _ in range(200):
+        await asyncio.sleep(0.0005)
+
+
+async def test_each_step_waits_until_the_one_before_it_is_durable(
+    journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]]
+) -> None:
+    await pipeline[0].put(journal.event("a"))
+    await until(lambda: len(journal.open) == 2)
+    await settled()
+    assert journal.steps == ["recommendations list-a", "dead-letters letter-a"]
+    journal.acknowledge("recommendations list-a")
+    await settled()
+    assert "changelog state-a" not in journal.steps, "the dead letter is not durable yet"
+    journal.acknowledge("dead-letters letter-a")
+    await until(lambda: "changelog state-a" in journal.steps)
+    await settled()
+    assert journal.steps[2:] == ["changelog state-a"], "the changelog is not durable yet"
+    journal.acknowledge("changelog state-a")
+    await until(lambda: "ack a" in journal.steps)
+    assert journal.steps[3:] == ["disk state-a up to 70", "ack a"]
+
+
+async def test_micro_batches_overtake_each_other_in_no_step(
+    journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]]
+) -> None:
+    await pipeline[0].put(journal.event("a"))
+    await until(lambda: "dead-letters letter-a" in journal.open)
+    await pipeline[0].put(journal.event("b"))
+    await until(lambda: "dead-letters letter-b" in journal.open)
+    for step in ("recommendations list-b", "dead-letters letter-b"):
+        journal.acknowledge(step)
+    await settled()
+    assert not [step for step in journal.steps if step.startswith(("changelog", "disk", "ack"))]
+    for step in ("recommendations list-a", "dead-letters letter-a"):
+        journal.acknowledge(step)
+    await until(lambda: "changelog state-b" in journal.open)
+    journal.acknowledge("changelog state-b")
+    await settled()
+    assert not [step for step in journal.steps if step.startswith(("disk", "ack"))]
+    journal.acknowledge("changelog state-a")
+    await until(lambda: "ack b" in journal.steps)
+    assert journal.steps[-4:] == ["disk state-a up to 70", "ack a", "disk state-b up to 70", "ack b"]
+
+
+@pytest.mark.parametrize("refused", ["recommendations list-a", "dead-letters letter-a", "changelog state-a"])
+async def test_a_refused_record_ends_the_pipeline_and_nothing_is_acknowledged(
+    journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]], refused: str
+) -> None:
+    await pipeline[0].put(journal.event("a"))
+    for step in ("recommendations list-a", "dead-letters letter-a", "changelog state-a"):
+        await until(lambda: step in journal.open)  # noqa: B023
+        if step == refused:
+            journal.open.pop(step).set_exception(KafkaError("refused"))
+            break
+        journal.acknowledge(step)
+    with pytest.raises(WorkerError, match="refused"):
+        await asyncio.wait_for(asyncio.shield(pipeline[1]), 5)
+    assert not [step for step in journal.steps if step.startswith(("disk", "ack"))]
+
+
+async def test_a_micro_batch_holds_as_many_events_as_fit(
+    journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]]
+) -> None:
+    first, full = journal.event("a"), asyncio.create_task(pipeline[0].put(journal.event("b", "c", "d")))
+    await pipeline[0].put(first)
+    await full
+    await until(lambda: "dead-letters letter-a" in journal.open or "dead-letters letter-d" in journal.open)
+    for step in list(journal.open):
+        journal.acknowledge(step)
+    await until(lambda: any(step.startswith("changelog") for step in journal.steps))
+    changelog = next(step for step in journal.steps if step.startswith("changelog"))
+    assert changelog in {"changelog state-a", "changelog state-b+state-c+state-d"}

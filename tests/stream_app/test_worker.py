@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import shutil
+import signal
+import socket
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +19,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from lrurec.bundle import Bundle, load_bundle, save_bundle
 from lrurec.convert import convert
+from stream_app.dev.kafka.broker import LocalBroker
 from tests.stream_app.live import (
     Site,
     WorkerProcess,
@@ -247,6 +251,32 @@ async def test_sigterm_finishes_commits_and_exits_0(site: Site, worker: WorkerPr
     lines = worker.log.read_text().splitlines()
     events = [json.loads(line)["event"] for line in lines]
     assert events[-1] == "stopped"
+
+
+async def test_a_broker_that_hangs_does_not_hold_up_the_shutdown(bundle_folder: Path, tmp_path: Path) -> None:
+    with LocalBroker(tmp_path / "kafka", port=0) as broker:
+        site = Site(broker.bootstrap, "app", bundle_folder, tmp_path)
+        site.create_topics()
+        with WorkerProcess(site, SHUTDOWN_SECONDS="4") as worker:
+            worker.wait_ready()
+            await produce(site, [click("u", "1")])
+            await recommendations_for(site, 1)
+            await produce(site, [click("u", str(n)) for n in range(1, 200)])
+            assert broker.process is not None
+            group = os.getpgid(broker.process.pid)
+            os.killpg(group, signal.SIGSTOP)
+            try:
+                assert worker.terminate(6) in {0, 1}, worker.tail()
+            finally:
+                os.killpg(group, signal.SIGCONT)
+
+
+def test_a_signal_before_kafka_answers_ends_the_start(bundle_folder: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(40)
+        site = Site(f"127.0.0.1:{silent.getsockname()[1]}", "app", bundle_folder, tmp_path)
+        with WorkerProcess(site) as worker, silent.accept()[0]:
+            assert worker.terminate(10) == 0, worker.tail()
 
 
 async def lag_of(site: Site) -> int:
