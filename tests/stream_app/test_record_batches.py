@@ -1,0 +1,163 @@
+"""The transport's own promises, on a real Faust app that is not started: the gate after a rebalance, room, offsets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import faust
+import pytest
+from faust.types import TP
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stream_app.record_batches import RecordBatchConsumer, RecordBatchTransport
+
+SOURCE, CHANGELOG = TP("clicks", 0), TP("app-user_state-changelog", 0)
+
+
+class Consumer(RecordBatchConsumer):
+    """Answers what Kafka would: polls from a list, no committed offsets to ask for."""
+
+    polls: list[dict[TP, list[Any]]]
+
+    async def _seek_sources(self) -> None:
+        async with self._polling:
+            await asyncio.sleep(0)
+
+    async def _getmany(self, active_partitions: set[TP] | None, timeout: float) -> Any:  # noqa: ASYNC109  (Faust's name)
+        return self.polls.pop(0) if self.polls else {}
+
+    def highwater(self, tp: TP) -> int:
+        return 100
+
+    def _is_changelog_tp(self, tp: TP) -> bool:
+        return tp == CHANGELOG
+
+
+@contextmanager
+def a_consumer() -> Iterator[Consumer]:
+    app = faust.App("app", broker="kafka://127.0.0.1:1", web_enabled=False)
+    transport = RecordBatchTransport(app.conf.broker_consumer, app)
+
+    async def ignore(*_: Any) -> None: ...
+
+    made = Consumer(transport, ignore, ignore, ignore)
+    app.consumer = made
+    made.polls = []
+    try:
+        yield made
+    finally:
+        made._thread.thread_loop.close()
+
+
+@pytest.fixture
+async def consumer() -> AsyncIterator[Consumer]:
+    with a_consumer() as made:
+        yield made
+
+
+def records(first: int, count: int, tp: TP = SOURCE) -> list[Any]:
+    return [
+        SimpleNamespace(topic=tp.topic, partition=tp.partition, offset=offset, timestamp=0, timestamp_type=0)
+        for offset in range(first, first + count)
+    ]
+
+
+async def delivered(consumer: Consumer, polled: dict[TP, list[Any]]) -> list[Any]:
+    consumer.polls.append(polled)
+    return [message async for _, message in consumer.getmany(0.01)]
+
+
+async def seek(consumer: Consumer) -> None:
+    await consumer.perform_seek()
+
+
+STEPS: dict[str, Callable[[Consumer], Any]] = {
+    "resume source": lambda consumer: consumer.resume_partitions({SOURCE}),
+    "seek": seek,
+    "resume flow": lambda consumer: consumer.resume_flow(),
+}
+
+
+@given(st.lists(st.sampled_from(sorted(STEPS)), max_size=8))
+async def test_a_source_opens_only_by_resume_then_seek_then_flow(steps: list[str]) -> None:
+    order = ["resume source", "seek", "resume flow"]
+    with a_consumer() as consumer:
+        consumer.resume_flow()
+        consumer.resume_partitions({CHANGELOG})
+        progress = 0
+        for step in steps:
+            result = STEPS[step](consumer)
+            if asyncio.iscoroutine(result):
+                await result
+            if progress < 3:
+                restarted = step == "resume source"
+                progress = 1 if restarted else progress + (step == order[progress])
+            assert (SOURCE in consumer._get_active_partitions()) == (progress == 3)
+
+
+@pytest.mark.parametrize("ends", [lambda c: c.stop_flow(), lambda c: c.pause_partitions({SOURCE, CHANGELOG})])
+async def test_a_rebalance_closes_the_sources_until_the_next_seek(
+    consumer: Consumer, ends: Callable[[Any], None]
+) -> None:
+    for step in STEPS.values():
+        result = step(consumer)
+        if asyncio.iscoroutine(result):
+            await result
+    assert len(await delivered(consumer, {SOURCE: records(0, 3)})) == 1
+    ends(consumer)
+    consumer.pause_partitions({SOURCE})
+    consumer.resume_flow()
+    consumer.resume_partitions({SOURCE, CHANGELOG})
+    consumer.resume_flow()
+    assert consumer._get_active_partitions() == {CHANGELOG}
+    assert await delivered(consumer, {SOURCE: records(3, 3)}) == []
+    assert len(await delivered(consumer, {CHANGELOG: records(0, 3, CHANGELOG)})) == 1
+    await consumer.perform_seek()
+    consumer.resume_flow()
+    assert len(await delivered(consumer, {SOURCE: records(0, 3)})) == 1
+
+
+async def open_source(consumer: Consumer) -> None:
+    consumer.resume_partitions({SOURCE})
+    await consumer.perform_seek()
+    consumer.resume_flow()
+
+
+async def test_what_one_poll_brought_of_a_partition_is_one_message(consumer: Consumer) -> None:
+    await open_source(consumer)
+    (message,) = await delivered(consumer, {SOURCE: records(10, 5)})
+    assert (message.tp, message.offset, [record.offset for record in message.value]) == (
+        SOURCE,
+        14,
+        [10, 11, 12, 13, 14],
+    )
+
+
+async def test_no_more_is_delivered_than_may_be_unacknowledged_though_faust_has_not_taken_it(
+    consumer: Consumer,
+) -> None:
+    await open_source(consumer)
+    consumer.max_unacknowledged = 100
+    queue = []
+    for number in range(50):
+        queue += await delivered(consumer, {SOURCE: records(number * 10, 10)})
+    assert sum(len(message.value) for message in queue) == 100
+    consumer.ack(queue.pop(0))
+    assert len(await delivered(consumer, {SOURCE: records(100, 10)})) == 1
+
+
+async def test_the_offset_to_commit_is_one_past_the_last_acknowledged_batch(consumer: Consumer) -> None:
+    consumer.app.topics._acking_topics.add(SOURCE.topic)
+    await open_source(consumer)
+    first, second, _ = [(await delivered(consumer, {SOURCE: records(start, 7)}))[0] for start in (0, 7, 14)]
+    assert consumer._new_offset(SOURCE) is None
+    consumer.ack(first)
+    assert consumer._new_offset(SOURCE) == 7
+    consumer.ack(second)
+    assert consumer._new_offset(SOURCE) == 14
+    assert consumer._new_offset(SOURCE) is None
