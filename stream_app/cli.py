@@ -10,7 +10,6 @@ import functools
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
@@ -203,8 +202,9 @@ def worker(settings: Settings) -> None:
 
     Every option is also an environment variable, named in brackets. The topics must be there: stream-app topics.
     """
-    # While nothing has been started there is nothing to drain: a signal ends it, and that is no failure.
-    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
+    # While nothing has been started there is nothing to drain: a signal ends it at once, and that is no failure. Not by
+    # an exception: raised in the middle of an import, some library would swallow it.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: os._exit(0))
     from stream_app.worker import run_worker
 
     run_worker(settings)
