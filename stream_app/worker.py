@@ -207,7 +207,7 @@ async def _end_process(parts: Parts, error: Exception, leaving_seconds: float) -
     try:
         async with asyncio.timeout(leaving_seconds):
             await cast("RecordBatchConsumer", parts.app.consumer).leave_group()
-    except Exception as further:  # noqa: BLE001  (the first error is the one to report)
+    except (Exception, asyncio.CancelledError) as further:  # noqa: BLE001  (the first error is the one to report)
         log.warning("leaving the group failed", error=repr(further))
     print(f"Error: {' '.join((str(error) or repr(error)).split())}", file=sys.stderr, flush=True)  # noqa: T201
     os._exit(1)
