@@ -161,3 +161,12 @@ async def test_the_offset_to_commit_is_one_past_the_last_acknowledged_batch(cons
     consumer.ack(second)
     assert consumer._new_offset(SOURCE) == 14
     assert consumer._new_offset(SOURCE) is None
+
+
+async def test_a_rebalance_between_seek_and_flow_makes_the_seek_void(consumer: Consumer) -> None:
+    consumer.resume_partitions({SOURCE})
+    await consumer.perform_seek()
+    consumer.stop_flow()
+    consumer.pause_partitions({SOURCE})
+    consumer.resume_flow()
+    assert SOURCE not in consumer._get_active_partitions()
