@@ -22,6 +22,12 @@ ID_COLUMNS = ("user_id", "item_id")
 ORDER_COLUMNS = ("timestamp_ms", "timestamp", "position")
 """At least one is needed. With several, the first decides and the next break its ties; then the order in the file."""
 
+_BEYOND_64_BITS = 2.0**63
+"""The least number that a signed 64-bit integer does not hold."""
+
+_SHOWN_CHARACTERS = 60
+"""Of a value that is refused."""
+
 MIN_CLICKS_TO_EVALUATE = 3
 """Users with fewer clicks are all train: one must be left to learn from, one to validate on, one to test."""
 
@@ -136,14 +142,22 @@ def leave_one_out(histories: Histories) -> Split:
 def read_interactions(path: Path | str) -> Interactions:
     """A log out of CSV, Parquet or JSON Lines, the first and the last also with .gz.
 
-    Columns: user_id and item_id (text or whole numbers), and at least one of `ORDER_COLUMNS` (numbers). Others are
-    ignored. Raises `InteractionsError` for anything else, with one line.
+    Columns: user_id and item_id (text or whole numbers), and at least one of `ORDER_COLUMNS` (numbers that fit 64
+    bits). Others are ignored. Raises `InteractionsError` for anything else, with one line.
     """
     path = Path(path)
+    return _group(read_log(path), path)
+
+
+def read_log(path: Path) -> pl.DataFrame:
+    """The rows of a log in the file's order, checked: ids as text, and those of `ORDER_COLUMNS` that it has.
+
+    The latter are int64, or float64 where a number has a fraction. Raises `InteractionsError` as `read_interactions`.
+    """
     table = _read_table(path)
     order = _require_columns(table, path)
     columns = [_ids(table, name, path) for name in ID_COLUMNS] + [_numbers(table, name, path) for name in order]
-    return _group(pl.DataFrame(columns), path)
+    return pl.DataFrame(columns)
 
 
 def _read_table(path: Path) -> pl.DataFrame:
@@ -212,9 +226,17 @@ def _numbers(table: pl.DataFrame, name: str, path: Path) -> pl.Series:
         numbers, good = whole, whole.is_not_null()
     else:
         numbers = column.cast(pl.Float64, strict=False)
-        good = numbers.is_finite().fill_null(value=False)
-    _refuse_rows(~good, path, f"{name} is no finite number; it orders the clicks of a user")
+        good = (numbers.abs() < _BEYOND_64_BITS).fill_null(value=False)  # polars holds NaN for the greatest number
+    refuse_values(column, ~good, path, "it must be a number that fits 64 bits: it orders the clicks of a user")
     return numbers
+
+
+def refuse_values(column: pl.Series, bad: pl.Series, path: Path, allowed: str) -> None:
+    """Raise `InteractionsError` for the first value of a column of a log that is bad; `allowed` says what would do."""
+    if (rows := bad.arg_true()).len():
+        value = column[rows[0]]
+        given = repr(value) if isinstance(value, str) else "empty" if value is None else str(value)
+        _refuse_rows(bad, path, f"{column.name} is {given[:_SHOWN_CHARACTERS]}; {allowed}")
 
 
 def _refuse_rows(bad: pl.Series, path: Path, fault: str) -> None:

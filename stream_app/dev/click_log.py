@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from lrurec.interactions import READERS, Interactions, read_interactions
+from lrurec.interactions import ORDER_COLUMNS, Interactions, read_interactions, read_log, refuse_values
 
 ACTIVE_USERS = 50
 """How many users click in turn when the log does not say who clicked when."""
@@ -33,18 +31,15 @@ def read_clicks(path: Path) -> Sequence[LoggedClick]:
     time take turns at random (the same turns every time), new ones coming as others finish, in the file's order.
 
     Raises:
-        InteractionsError: the file cannot be read, or lacks a column.
+        InteractionsError: the file cannot be read, lacks a column, or holds a time that no click can have.
     """
-    interactions = read_interactions(path)  # refuses what is no log
-    table = _read_table(path)
-    column = next((name for name in _MS_PER if name in table.columns), None)
+    log = read_log(path)
+    column = next((name for name in _MS_PER if name in log.columns), None)
     if column is None:
-        return [LoggedClick(user, item, None) for user, item in interleave(interactions)]
-    times = (table[column].cast(pl.Float64) * _MS_PER[column]).round().cast(pl.Int64)
-    tie_breakers = [table["position"].cast(pl.Float64)] if "position" in table.columns else []
-    ordered = pl.DataFrame(
-        [table["user_id"].cast(pl.String), table["item_id"].cast(pl.String), times.alias("time"), *tie_breakers]
-    ).sort("time", *(["position"] if tie_breakers else []), maintain_order=True)
+        return [LoggedClick(user, item, None) for user, item in interleave(read_interactions(path))]
+    times = _milliseconds(log[column], _MS_PER[column], path)
+    order = [name for name in ORDER_COLUMNS if name in log.columns]
+    ordered = log.with_columns(times.alias("time")).sort(order, maintain_order=True)
     columns = (ordered["user_id"].to_list(), ordered["item_id"].to_list(), ordered["time"].to_list())
     return [LoggedClick(*row) for row in zip(*columns, strict=True)]
 
@@ -70,10 +65,10 @@ def interleave(interactions: Interactions, active: int = ACTIVE_USERS, seed: int
                 present[place] = replacement
 
 
-def _read_table(path: Path) -> pl.DataFrame:
-    name = path.name.lower().removesuffix(".gz")
-    content = path.read_bytes()
-    if path.name.lower().endswith(".gz"):
-        content = gzip.decompress(content)
-    read = next(read for ending, read in READERS.items() if name.endswith(ending))
-    return read(io.BytesIO(content))
+def _milliseconds(times: pl.Series, ms_per: int, path: Path) -> pl.Series:
+    """Times as the contract has them: whole milliseconds that fit 64 bits."""
+    most = (2**63 - 1) // ms_per
+    if ms_per > 1:
+        fits = times.is_between(-most, most)
+        refuse_values(times, ~fits, path, f"it must be from {-most} to {most}: its milliseconds must fit 64 bits")
+    return (times * ms_per).round().cast(pl.Int64)

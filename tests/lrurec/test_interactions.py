@@ -89,6 +89,10 @@ FAULTS = {
     "a position that is no number": ("a.csv", (HEADER + "u,a,first\n").encode()),
     "NaN": ("a.csv", (HEADER + "u,a,1.5\nu,b,nan\n").encode()),
     "infinity": ("a.csv", (HEADER + "u,a,inf\n").encode()),
+    "beyond 64 bits": ("a.csv", (HEADER + "u,a,99999999999999999999\n").encode()),
+    "far beyond 64 bits": ("a.csv", (HEADER + "u,a,-1e300\n").encode()),
+    "beyond 64 bits in JSON": ("a.jsonl", b'{"user_id": "u", "item_id": "a", "position": 99999999999999999999}\n'),
+    "far beyond 64 bits in JSON": ("a.jsonl", b'{"user_id": "u", "item_id": "a", "position": 1e300}\n'),
     "a line break in an id": ("a.csv", (HEADER + 'u,"a\nb",1\n').encode()),
     "ragged lines": ("a.csv", (HEADER + "u,a,1,9,9\n").encode()),
     "not gzip": ("a.csv.gz", HEADER.encode()),
@@ -117,6 +121,26 @@ def test_an_error_names_the_row(tmp_path):
     (tmp_path / "a.csv").write_text(HEADER + "u,a,1\nu,,2\n")
     with pytest.raises(InteractionsError, match="row 2"):
         read_interactions(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("value", ["", "first", "nan", "inf", "1e300", "-99999999999999999999", "9223372036854775808"])
+def test_a_number_that_orders_nothing_is_named_with_its_row_and_column(tmp_path, value):
+    (tmp_path / "a.csv").write_text(HEADER + f"u,a,1\nu,b,{value}\n")
+    with pytest.raises(InteractionsError, match=rf"a\.csv: in data row 2 position is ('{value}'|empty); .*64 bits"):
+        read_interactions(tmp_path / "a.csv")
+
+
+def test_a_value_that_is_refused_is_shown_in_part_when_it_is_long(tmp_path):
+    (tmp_path / "a.csv").write_text(HEADER + f"u,a,{'9' * 100_000}\n")
+    with pytest.raises(InteractionsError) as refused:
+        read_interactions(tmp_path / "a.csv")
+    assert len(str(refused.value)) < 300
+
+
+def test_the_outermost_numbers_of_64_bits_are_taken(tmp_path):
+    rows = "u,a,9223372036854775807\nu,b,-9223372036854775808\nu,c,9223372036854775806\n"
+    (tmp_path / "a.csv").write_text(HEADER + rows)
+    assert as_dict(read_interactions(tmp_path / "a.csv")) == {"u": ["b", "c", "a"]}
 
 
 def histories(*items):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import re
 import time
 
 import orjson
+import polars as pl
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
@@ -90,6 +92,80 @@ async def test_a_log_with_timestamps_keeps_them_in_their_order(settings, write_l
 def test_ties_in_time_are_broken_by_position(write_log):
     log = "user_id,item_id,timestamp_ms,position\nu1,second,5,2\nu1,first,5,1\n"
     assert [click.item_id for click in read_clicks(write_log(log))] == ["first", "second"]
+
+
+@pytest.fixture
+def write_times(tmp_path):
+    """Writes a log of one user whose clicks on A, B, … have these times; answers its path."""
+
+    def write(column, times, kind):
+        items = [chr(ord("A") + number) for number in range(len(times))]
+        table = pl.DataFrame({"user_id": ["u"] * len(times), "item_id": items, column: pl.Series(times)})
+        path = tmp_path / f"log.{kind}"
+        {"csv": table.write_csv, "jsonl": table.write_ndjson, "parquet": table.write_parquet}[kind](path)
+        return path
+
+    return write
+
+
+IMPOSSIBLE_TIMES = [
+    ("timestamp_ms", 99999999999999999999),
+    ("timestamp_ms", -99999999999999999999),
+    ("timestamp_ms", 2**63),
+    ("timestamp_ms", 1e300),
+    ("timestamp", 99999999999999999999),
+    ("timestamp", 2**63 // 1000 + 1),
+    ("timestamp", -1e16),
+    ("timestamp", 1e300),
+]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize(("column", "time"), IMPOSSIBLE_TIMES)
+def test_a_time_beyond_64_bits_is_one_line_naming_column_row_and_value(write_times, column, time, kind):
+    kind_of_number = pl.Int128 if isinstance(time, int) else pl.Float64
+    path = write_times(column, pl.Series([1, time], dtype=kind_of_number), kind)
+    with pytest.raises(InteractionsError) as refused:
+        read_clicks(path)
+    assert re.search(rf"log\.{kind}: in data row 2 {column} is '?{shown(time)}'?; .*64 bits", str(refused.value))
+    assert "\n" not in str(refused.value)
+
+
+def shown(time):
+    """A pattern for a number as any of the formats writes it."""
+    return time if isinstance(time, int) else f"{time:.0e}".replace("e+", r"(?:\.0)?e\+?")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])  # JSON has no such numbers
+@pytest.mark.parametrize("column", ["timestamp", "timestamp_ms"])
+@pytest.mark.parametrize("time", ["inf", "-inf", "nan"])
+def test_a_time_that_is_no_finite_number_is_one_line(write_times, column, time, kind):
+    with pytest.raises(InteractionsError, match=rf"(?i)in data row 2 {column} is '?{time}'?; ") as refused:
+        read_clicks(write_times(column, [1.0, float(time)], kind))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("column", "times", "milliseconds"),
+    [
+        ("timestamp_ms", [2**63 - 1, 2**53 + 1, -(2**63)], [-(2**63), 2**53 + 1, 2**63 - 1]),
+        ("timestamp", [2**63 // 1000, -(2**63 // 1000)], [-(2**63 // 1000) * 1000, 2**63 // 1000 * 1000]),
+        ("timestamp_ms", [1.7e12 + 0.25, 5.0], [5, 1_700_000_000_000]),
+        ("timestamp", [9.2e15, 0.125], [125, 9_200_000_000_000_000_000]),
+    ],
+)
+def test_the_times_of_64_bits_are_kept_to_the_millisecond(write_times, column, times, milliseconds, kind):
+    clicks = read_clicks(write_times(column, times, kind))
+    assert [click.timestamp_ms for click in clicks] == milliseconds
+
+
+def test_times_within_one_millisecond_keep_their_order(write_log):
+    log = "user_id,item_id,timestamp\nu,second,5.0002\nu,first,5.0001\n"
+    assert [(click.item_id, click.timestamp_ms) for click in read_clicks(write_log(log))] == [
+        ("first", 5_000),
+        ("second", 5_000),
+    ]
 
 
 def test_positions_alone_interleave_users_the_same_way_every_time(write_log):
