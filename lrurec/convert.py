@@ -44,6 +44,12 @@ UNREADABLE = (
 )
 """What numpy's and torch's readers raise over files made to mislead them."""
 
+SAFEGUARDS = ("weights_only", "allow_pickle")
+"""The arguments that keep torch and numpy from running what a file holds; both name them when they refuse it."""
+
+GLOBAL = re.compile(r"GLOBAL ([\w.]{1,200})\s")
+"""In torch's refusal: what of which module the file would have called."""
+
 EMBEDDING = "embedding.token.weight"
 BLOCK = re.compile(r"model\.lru_blocks\.(\d{1,4})\.")
 LRU_BLOCK = "model.lru_blocks.{}."
@@ -83,7 +89,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
             names = [name for name in archive.files if name.startswith(PREFIX) or not prefixed]
             arrays = {name.removeprefix(PREFIX): archive[name] for name in names}
     except UNREADABLE as error:
-        raise CheckpointError(f"{path} is not a .npz of plain arrays ({_one_line(error)}); nothing was run") from error
+        raise _refusal(path, ".npz of plain arrays", error) from error
     return {name: _tensor_of(name, array, path) for name, array in arrays.items()}
 
 
@@ -99,15 +105,24 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings(action="ignore"):  # of pickle's protocols, which say nothing to a user
             value = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        raise CheckpointError(
-            f"{path} is not a .pth of tensors only ({_one_line(error)}); nothing in it was run"
-        ) from error
+        raise _refusal(path, ".pth of tensors only", error) from error
     for wrapper in WRAPPERS:
         if isinstance(value, Mapping) and isinstance(value.get(wrapper), Mapping):
             value = value[wrapper]
     if not isinstance(value, Mapping) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
         raise CheckpointError(f"{path} holds no state_dict (a mapping of names to tensors); save model.state_dict()")
     return {str(name).removeprefix("module."): tensor for name, tensor in value.items()}
+
+
+def _refusal(path: Path, wanted: str, error: Exception) -> CheckpointError:
+    """What is wrong with a file. Torch and numpy answer code in it by telling how to have it run: we never do."""
+    if not any(name in str(error) for name in SAFEGUARDS):
+        return CheckpointError(f"{path} is not a {wanted} ({_one_line(error)}); nothing in it was run")
+    found = GLOBAL.search(str(error))
+    named = f": the global {found[1]}" if found else ""
+    return CheckpointError(
+        f"{path} holds something other than tensors{named}; nothing in it was run; save model.state_dict() alone"
+    )
 
 
 def convert_weights(published: Mapping[str, Tensor], *, source: str) -> tuple[LRURecConfig, dict[str, Tensor]]:

@@ -131,6 +131,69 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, save):
         convert(path)
     assert "\n" not in str(refused.value)
     assert not marker.exists()
+    assert_advises_nothing_unsafe(str(refused.value))
+
+
+def assert_advises_nothing_unsafe(message):
+    for advice in ("weights_only", "safe_globals", "allow_pickle", "pickle.load", "torch.load", "trust"):
+        assert advice not in message
+
+
+class Innocent:
+    """What an honest program might save beside its tensors."""
+
+
+def save_object(folder):
+    torch.save({"model.bias": torch.ones(3), "options": Innocent()}, folder / "foreign.pth")
+
+
+def save_code(folder):
+    torch.save({"model.bias": Payload(folder / "was-run")}, folder / "foreign.pth")
+
+
+def save_code_in_the_old_format(folder):
+    torch.save({"b": Payload(folder / "was-run")}, folder / "foreign.pth", _use_new_zipfile_serialization=False)
+
+
+def save_number_of_numpy(folder):
+    torch.save({"model.bias": torch.ones(3), "best": np.float64(0.5)}, folder / "foreign.pth")
+
+
+@pytest.mark.parametrize(
+    ("save", "named"),
+    [
+        (save_object, f"{Innocent.__module__}.Innocent"),
+        (save_code, "posix.mkdir"),
+        (save_code_in_the_old_format, "posix.mkdir"),
+        (save_number_of_numpy, "numpy._core.multiarray.scalar"),
+    ],
+)
+def test_what_is_no_tensor_in_a_pth_is_named(tmp_path, save, named):
+    save(tmp_path)
+    with pytest.raises(CheckpointError) as refused:
+        convert(tmp_path / "foreign.pth")
+    assert f"foreign.pth holds something other than tensors: the global {named}; nothing in it was run" in str(
+        refused.value
+    )
+    assert_advises_nothing_unsafe(str(refused.value))
+
+
+def test_a_program_in_a_pth_is_refused_without_advice_to_run_it(tmp_path):
+    with zipfile.ZipFile(tmp_path / "program.pth", "w") as archive:  # as torch.jit.save lays it out
+        for name in ("version", "constants.pkl", "data.pkl"):
+            archive.writestr(f"program/{name}", "3\n")
+    with pytest.raises(CheckpointError) as refused:
+        convert(tmp_path / "program.pth")
+    assert "holds something other than tensors; nothing in it was run" in str(refused.value)
+    assert_advises_nothing_unsafe(str(refused.value))
+
+
+def test_a_name_made_to_mislead_is_not_repeated(tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"\x80\x02cos\x1b[31m set weights_only=False\nsystem\n.")
+    with pytest.raises(CheckpointError) as refused:
+        convert(tmp_path / "a.pth")
+    assert "\x1b" not in str(refused.value)
+    assert_advises_nothing_unsafe(str(refused.value))
 
 
 EMBEDDING, BIAS = "embedding.token.weight", "model.bias"
