@@ -4,7 +4,6 @@ What a command works with is imported inside it: `lrurec --help` doesn't wait fo
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import click
 
 from lrurec.errors import LRURecError
 from lrurec.presets import PRESETS
+from lrurec.standard_streams import guard_standard_streams
 
 _ERROR = 1
 _INTERRUPTED = 130  # a shell's code for a command that Ctrl-C ended
@@ -21,6 +21,7 @@ _INTERRUPTED = 130  # a shell's code for a command that Ctrl-C ended
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and leave the process with its exit code."""
+    guard_standard_streams()
     try:
         code = _commands.main(arguments, prog_name="lrurec", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -32,10 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(str(error), _ERROR)
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output has gone. Python's own flush at exit must not complain about it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(_ERROR)
     except OSError as error:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}", _ERROR)
     sys.exit(code if isinstance(code, int) else 0)

@@ -7,7 +7,8 @@
     ├── CheckpointError     published weights that cannot be converted
     ├── InteractionsError   a log of clicks that cannot be read
     ├── TrainingError       a training that cannot start or go on
-    └── DeviceError         a device that is not there
+    ├── DeviceError         a device that is not there
+    └── OutputError         a standard output that cannot be written
 
 Each carries one line: what was given, what is allowed, what to do. `lrurec` prints it and exits with code 1.
 """
@@ -36,3 +37,6 @@ class TrainingError(LRURecError): ...
 
 
 class DeviceError(LRURecError): ...
+
+
+class OutputError(LRURecError): ...

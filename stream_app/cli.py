@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
@@ -18,12 +19,14 @@ from typing import Any
 import click
 
 from lrurec.errors import LRURecError
+from lrurec.standard_streams import guard_standard_streams
 from stream_app.dev.cache import data_folder
 from stream_app.dev.kafka.broker import DEFAULT_HEAP_MB, DEFAULT_PORT, LocalBroker
 from stream_app.dev.signals import keyboard_interrupt_on_signals
 from stream_app.errors import StreamAppError
 from stream_app.settings import Settings, variable
 
+_ERROR = 1
 _INTERRUPTED = 130  # a shell's code for a command that Ctrl-C ended
 
 _CONNECTION = (
@@ -41,11 +44,17 @@ _CONNECTION = (
 class _Commands(click.Group):
     """Turns this project's errors into one line on stderr and exit code 1, and Ctrl-C into silence."""
 
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        guard_standard_streams()
+        try:
+            return super().main(*arguments, **options)
+        except (StreamAppError, LRURecError) as error:
+            click.ClickException(" ".join(str(error).split())).show()
+            sys.exit(_ERROR)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (StreamAppError, LRURecError) as error:
-            raise click.ClickException(" ".join(str(error).split())) from error
         except KeyboardInterrupt:
             ctx.exit(_INTERRUPTED)
 

@@ -210,3 +210,37 @@ def test_a_reader_that_goes_away_gets_no_traceback(folder):
     os.close(writing)
     assert "Traceback" not in ended.stderr
     assert ended.returncode == 1
+
+
+PRINTING = {
+    "version": ["--version"],
+    "help": ["train", "--help"],
+    "recommend": ["recommend", "b"],
+    "more than a buffer": ["recommend", "b", "--items", ",".join(["unknown"] * 10_000), "--json"],
+    "evaluate": ["evaluate", "b", "--interactions", "log.csv"],
+    "train": ["train", "--interactions", "log.csv", "--out", "trained", "--max-steps", "1"],
+}
+CANNOT_BE_WRITTEN = [(name, ">/dev/full") for name in PRINTING] + [("help", ">&-"), ("help", "<&- >&-")]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+@pytest.mark.usefixtures("folder", "log")
+@pytest.mark.parametrize(("printing", "redirection"), CANNOT_BE_WRITTEN)
+def test_a_standard_output_that_cannot_be_written_is_one_line(tmp_path, printing, redirection):
+    command = ["/bin/sh", "-c", f'exec "$@" {redirection}', "sh", *COMMAND, *PRINTING[printing]]
+    ended = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, check=False)
+    assert_one_line(ended.stderr)
+    assert "standard output cannot be written" in ended.stderr
+    assert ended.returncode == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_output_is_what_the_environment_makes_it(unbuffered):
+    program = (
+        "import sys; from lrurec.standard_streams import guard_standard_streams\n"
+        "guard_standard_streams(); out = sys.stdout\n"
+        "print(out.encoding, out.errors, out.write_through, out.isatty(), out.fileno(), 'ü')"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1:replace", "PYTHONUNBUFFERED": unbuffered}
+    out = subprocess.run([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, check=True).stdout
+    assert out.decode("latin-1").split() == ["iso8859-1", "replace", str(bool(unbuffered)), "False", "1", "ü"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -107,6 +109,57 @@ def test_a_mismatch_is_exit_code_1(run, bootstrap, unique_name):
     result = run(*arguments, "--partitions", "3")
     assert result.exit_code == 1
     assert "has 2 partitions, wanted 3" in one_line(result.stderr)
+
+
+def run_with_stdout(redirection, *arguments, **options):
+    """A command in a process of its own, whose standard output the shell redirects."""
+    shell = ["/bin/sh", "-c", f'exec "$@" {redirection}', "sh"]
+    command = [sys.executable, "-c", "from stream_app.cli import main; main()", *arguments]
+    return subprocess.run([*shell, *command], stderr=subprocess.PIPE, text=True, check=False, timeout=60, **options)
+
+
+CANNOT_BE_WRITTEN = [
+    pytest.param(">/dev/full", marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is none")),
+    ">&-",
+    "<&- >&-",
+]
+
+
+@pytest.mark.parametrize("redirection", CANNOT_BE_WRITTEN)
+@pytest.mark.parametrize("arguments", [["--version"], ["worker", "--help"]])
+def test_help_that_cannot_be_written_is_one_line(arguments, redirection):
+    result = run_with_stdout(redirection, *arguments)
+    assert result.returncode == 1
+    assert "standard output cannot be written" in one_line(result.stderr)
+
+
+@pytest.mark.parametrize("redirection", CANNOT_BE_WRITTEN[:2])
+def test_a_result_that_cannot_be_written_is_one_line(bootstrap, unique_name, tmp_path, redirection):
+    topics = ["--clicks-topic", unique_name("c"), "--recommendations-topic", unique_name("r")]
+    topics += ["--dead-letter-topic", unique_name("d"), "--app-id", unique_name("app")]
+    log = tmp_path / "log.csv"
+    log.write_text("user_id,item_id,position\nu,i,1\n")
+    told = run_with_stdout(redirection, "topics", "--broker", bootstrap, *topics)
+    replayed = run_with_stdout(redirection, "replay", str(log), "--broker", bootstrap, *topics[:2])
+    assert "standard output cannot be written" in one_line(told.stderr)
+    assert "standard output cannot be written" in replayed.stderr.splitlines()[-1]
+    assert "Traceback" not in replayed.stderr
+    assert told.returncode == replayed.returncode == 1
+
+
+def test_a_reader_that_goes_away_gets_no_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = run_with_stdout("", "--help", stdout=writing)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
+def test_a_worker_needs_no_standard_streams(unused_tcp_port, closed):
+    result = run_with_stdout(closed, "worker", "--broker", f"127.0.0.1:{unused_tcp_port}")
+    assert result.returncode == 1  # and not -6: uvloop aborts where a socket gets the number of a standard stream
+    assert "cannot be reached" in result.stderr or "2>&-" in closed
 
 
 def test_ctrl_c_is_quiet(bootstrap, unique_name, tmp_path, run):

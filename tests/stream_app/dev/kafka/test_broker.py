@@ -145,6 +145,16 @@ def test_the_command_says_when_it_is_ready_and_ends_on_a_signal(run_command, tmp
     assert nobody_holds(tmp_path)
 
 
+def test_a_command_that_cannot_say_it_is_ready_ends_with_one_line_and_leaves_no_jvm(tmp_path):
+    command = [*STREAM_APP, "broker", "--port", "0", "--data-dir", str(tmp_path)]
+    closed = ["/bin/sh", "-c", 'exec "$@" >&-', "sh"]
+    ended = subprocess.run([*closed, *command], stderr=subprocess.PIPE, text=True, timeout=90, check=False)
+    assert ended.returncode == 1
+    assert "standard output cannot be written" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+    assert nobody_holds(tmp_path)
+
+
 def test_a_sigkilled_command_leaves_no_jvm(run_command, tmp_path, eventually):
     command = run_command("broker", "--port", "0", "--data-dir", str(tmp_path))
     assert command.stdout.readline().startswith("broker ready")
