@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import lrurec
-from stream_app.dev.cache import cache_folder
+from stream_app.dev.cache import cache_folder, unusable_cache
 from stream_app.dev.deadline import Deadline
 from stream_app.dev.demo.shop import CLICKS_FILE, Shop
 from stream_app.dev.guarded_process import GuardedProcess
@@ -36,18 +37,27 @@ def demo_bundle(shop: Shop, report: Callable[[str], None]) -> Path:
 
     Raises:
         TrainingFailed: `lrurec train` failed or took too long.
+        SettingsError: the cache folder can't be written.
     """
     folder = cache_folder() / "demo" / _fingerprint()
     bundle = folder / "bundle"
     deadline = Deadline.after(TRAINING_SECONDS)
     with _only_one_trains(folder, deadline, report):
         if not bundle.exists():
-            log = folder / "clicks.csv"
-            shop.write_training_log(log)
+            log = _write_log(shop, folder)
             report(f"training on {len(shop.training.user_ids):,} sessions of real clicks, once")
             _train(log, bundle, deadline, report)
             log.unlink()
     return bundle
+
+
+def _write_log(shop: Shop, folder: Path) -> Path:
+    log = folder / "clicks.csv"
+    try:
+        shop.write_training_log(log)
+    except OSError as error:
+        raise unusable_cache(folder, error) from error
+    return log
 
 
 def _fingerprint() -> str:
@@ -62,8 +72,7 @@ def _fingerprint() -> str:
 @contextmanager
 def _only_one_trains(folder: Path, deadline: Deadline, report: Callable[[str], None]) -> Iterator[None]:
     """Hold the folder's lock: of two demos started at once, the second waits for the first one's bundle."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with _open_lock(folder) as lock:
         told = False
         while True:
             with contextlib.suppress(BlockingIOError):
@@ -76,6 +85,14 @@ def _only_one_trains(folder: Path, deadline: Deadline, report: Callable[[str], N
                 told = True
             time.sleep(_POLL_SECONDS)
         yield
+
+
+def _open_lock(folder: Path) -> IO[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / "lock").open("w")
+    except OSError as error:
+        raise unusable_cache(folder, error) from error
 
 
 def _train(log: Path, bundle: Path, deadline: Deadline, report: Callable[[str], None]) -> None:

@@ -18,7 +18,7 @@ from stream_app.dev.demo.shop import Shop
 from stream_app.dev.demo.worker import STOP_SECONDS, DemoWorker
 from stream_app.dev.kafka.broker import DEFAULT_PORT, LocalBroker, PortTaken
 from stream_app.dev.signals import keyboard_interrupt_on_signals
-from stream_app.errors import StreamAppError
+from stream_app.errors import SettingsError, StreamAppError
 from stream_app.settings import Settings
 from stream_app.topics import ensure_topics
 
@@ -69,8 +69,17 @@ def run_demo(options: DemoOptions, console: Console) -> bool:
 
 @contextmanager
 def _scratch_folder() -> Iterator[Path]:
-    """A temporary folder for everything the demo writes; after a failure the logs in it stay."""
-    folder = Path(tempfile.mkdtemp(prefix="stream-app-demo-"))
+    """A temporary folder for everything the demo writes; after a failure the logs in it stay.
+
+    Raises:
+        SettingsError: neither TMPDIR nor the system's own temporary folders can be written.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="stream-app-demo-"))
+    except OSError as error:
+        raise SettingsError(
+            f"the demo has no temporary folder: {error.strerror}; name one that can be written by TMPDIR"
+        ) from error
     try:
         yield folder
     except StreamAppError:
@@ -84,7 +93,7 @@ def _scratch_folder() -> Iterator[Path]:
 
 
 def _keep_only_logs(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
+    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):
                 path.rmdir()

@@ -133,6 +133,7 @@ class LocalBroker:
 
         Raises:
             BrokerUnavailable: no Java, no jars, the port or the folder is taken, or Kafka did not come up.
+            SettingsError: the cache folder can't be used.
         """
         if self._process:
             raise RuntimeError(f"the broker at {self.bootstrap} runs already")
@@ -143,8 +144,10 @@ class LocalBroker:
             self._lock = self._take_folder()
             self._cluster_id = self._known_cluster_id()
             self._start_on_a_port(java, jars, deadline)
-        except BaseException:
+        except BaseException as error:
             self.kill()
+            if isinstance(error, OSError) and self._is_mine(error.filename):
+                raise self._unusable(error) from error
             raise
 
     def stop(self, seconds: float = STOP_SECONDS) -> None:
@@ -178,10 +181,7 @@ class LocalBroker:
             self.data_dir.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.data_dir / "broker.lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise BrokerUnavailable(
-                f"the local broker cannot use the data folder {self.data_dir}: {error.strerror};"
-                " name another with --data-dir"
-            ) from error
+            raise self._unusable(error) from error
         deadline = Deadline.after(_LOCK_SECONDS)
         while True:
             try:
@@ -196,6 +196,15 @@ class LocalBroker:
                     " stop that one or name another folder with --data-dir"
                 ) from None
             return lock
+
+    def _is_mine(self, file: object) -> bool:
+        return file is not None and Path(str(file)).is_relative_to(self.data_dir)
+
+    def _unusable(self, error: OSError) -> BrokerUnavailable:
+        return BrokerUnavailable(
+            f"the local broker cannot use the data folder {self.data_dir}: {error.strerror}: {error.filename};"
+            " name another with --data-dir"
+        )
 
     def _known_cluster_id(self) -> str:
         """Kafka's id of this cluster: 16 random bytes in URL-safe base64, the same for the life of the folder."""

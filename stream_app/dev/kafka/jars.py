@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from stream_app.dev.cache import unusable_cache
 from stream_app.dev.deadline import Deadline
 from stream_app.errors import BrokerUnavailable, StreamAppError
 
@@ -51,7 +52,7 @@ class Jar:
         try:
             with path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
-        except FileNotFoundError:
+        except OSError:
             return False
 
 
@@ -92,6 +93,7 @@ def ensure_jars(
 
     Raises:
         BrokerUnavailable: a jar could not be fetched, or what came was not the pinned one.
+        SettingsError: the folder can't be written.
     """
     jars = pinned_jars() if jars is None else jars
     deadline = deadline or Deadline.after(300)
@@ -103,20 +105,29 @@ def ensure_jars(
 
 def _fetch_all(jars: list[Jar], folder: Path, fetch: Fetch, deadline: Deadline, report: Callable[[str], None]) -> None:
     """Fetch in parallel. The threads are daemons, so that Ctrl-C need not wait for a hanging connection."""
-    folder.mkdir(parents=True, exist_ok=True)
+    staging = _make_staging(folder)
     report(f"fetching Apache Kafka {KAFKA_VERSION}: {len(jars)} jars, once")
     waiting: queue.SimpleQueue[Jar] = queue.SimpleQueue()
     outcomes: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
     for jar in jars:
         waiting.put(jar)
-    with tempfile.TemporaryDirectory(prefix=".fetching-", dir=folder, ignore_cleanup_errors=True) as staging:
-        work = (waiting, outcomes, Path(staging), folder, fetch)
+    with staging:
+        work = (waiting, outcomes, Path(staging.name), folder, fetch)
         for _ in range(min(_PARALLEL_FETCHES, len(jars))):
             threading.Thread(target=_fetch_waiting, args=work, daemon=True).start()
         for done in range(1, len(jars) + 1):
             _next_outcome(outcomes, deadline, folder)
             if done % 10 == 0 or done == len(jars):
                 report(f"fetched {done} of {len(jars)} jars")
+
+
+def _make_staging(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """Where downloads lie until they are verified: beside the jars, so that a rename is enough."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=".fetching-", dir=folder, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise unusable_cache(folder, error) from error
 
 
 def _next_outcome(outcomes: queue.SimpleQueue[Exception | None], deadline: Deadline, folder: Path) -> None:

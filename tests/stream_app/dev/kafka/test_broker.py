@@ -124,6 +124,18 @@ def test_a_folder_that_cannot_be_used_is_one_clear_line(tmp_path):
         LocalBroker(tmp_path / "file", port=0).start()
 
 
+@pytest.mark.parametrize("name", ["broker.lock", "cluster-id", "server.properties", "tmp", "broker.log"])
+def test_a_file_of_the_folder_that_cannot_be_used_is_one_clear_line(tmp_path, name):
+    if name == "tmp":
+        (tmp_path / name).write_text("where a folder belongs")
+    else:
+        (tmp_path / name / "in the way").mkdir(parents=True)
+    with pytest.raises(BrokerUnavailable, match=rf"cannot use the data folder {tmp_path}: .*{name}.*; .*--data-dir"):
+        LocalBroker(tmp_path, port=0).start()
+    if name != "broker.lock":
+        assert nobody_holds(tmp_path)
+
+
 def test_a_jvm_that_does_not_start_tells_why_and_where_its_log_is(tmp_path):
     with pytest.raises(BrokerUnavailable, match=rf"(?i)heap.*{tmp_path}/broker\.log"):
         LocalBroker(tmp_path, port=0, heap_mb=1).start()
