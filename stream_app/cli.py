@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ from stream_app.settings import Settings, variable
 
 _ERROR = 1
 _INTERRUPTED = 130  # a shell's code for a command that Ctrl-C ended
+_MOST_CLICKS = 1_000_000_000  # a demo that would take years
 
 _CONNECTION = (
     "broker_timeout_seconds",
@@ -76,6 +78,19 @@ def _write_example(command: click.Command, formatter: click.HelpFormatter) -> No
     with formatter.section("Example"):
         for line in (command.epilog or "").splitlines():
             formatter.write(f"  {line}\n")
+
+
+class _Rate(click.FloatRange):
+    """Clicks per second, above 0. Neither infinity nor NaN, which is in any range of click's, can be kept."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        rate: float = super().convert(value, param, ctx)
+        if not math.isfinite(rate):
+            self.fail(f"{value} is not a finite number above 0.", param, ctx)
+        return rate
 
 
 def _settings_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -174,7 +189,7 @@ def topics(settings: Settings) -> None:
 
 @main.command(epilog="stream-app replay clicks.csv.gz --rate 200 --limit 10000")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Clicks per second.  [default: no limit]")
+@click.option("--rate", type=_Rate(), help="Clicks per second.  [default: no limit]")
 @click.option("--limit", type=click.IntRange(1), help="Stop after so many clicks.  [default: all]")
 @_settings_options("broker", "clicks_topic", *_CONNECTION)
 def replay(file: Path, rate: float | None, limit: int | None, settings: Settings) -> None:
@@ -220,10 +235,10 @@ def worker(settings: Settings) -> None:
 
 
 @main.command(epilog="stream-app demo                  # until Ctrl-C\nstream-app demo --clicks 5000")
-@click.option("--clicks", type=click.IntRange(1), help="End when so many have their recommendations.")
+@click.option("--clicks", type=click.IntRange(1, _MOST_CLICKS), help="End when so many have their recommendations.")
 @click.option(
     "--rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=_Rate(),
     help="Clicks per second.  [default: 20, or what makes --clicks take 30 s]",
 )
 def demo(clicks: int | None, rate: float | None) -> None:

@@ -8,14 +8,15 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import orjson
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from stream_app.dev.click_log import LoggedClick
-from stream_app.errors import BrokerUnavailable
+from stream_app.errors import BrokerUnavailable, StreamAppError
 from stream_app.settings import Settings
 from stream_app.topics import require_topic
 
@@ -25,6 +26,13 @@ _LINGER_MS = 2
 _SHORTEST_SLEEP_SECONDS = 0.001
 _UNPACED_BURST = 1_000
 _GIVE_UP_SECONDS = 3
+_LARGEST_RECORD = 1_048_576
+"""Bytes with what Kafka adds: the limit of Kafka's own producer, and about that of a broker."""
+_SHOWN_CHARACTERS = 40
+
+
+class ClickTooLarge(StreamAppError):
+    """A click of the log has more bytes than Kafka takes."""
 
 
 @dataclass(slots=True)
@@ -71,6 +79,7 @@ async def replay(
 
     Raises:
         TopicsError: there is no clicks topic.
+        ClickTooLarge: a click has more bytes than Kafka takes.
         BrokerUnavailable: Kafka could not be reached, or did not acknowledge a click in time.
     """
     await require_topic(settings, settings.clicks_topic)
@@ -110,49 +119,64 @@ class ClickProducer:
         self.acknowledged = 0
         self._producer = producer
         self._settings = settings
-        self._failure: BaseException | None = None
+        self._failure: StreamAppError | None = None
 
     async def send(self, key: bytes, value: bytes) -> asyncio.Future[Any]:
         """Hand over one event; waits only while the producer's buffer is full.
 
         Raises:
+            ClickTooLarge: this or an earlier event has more bytes than Kafka takes.
             BrokerUnavailable: this or an earlier event could not be delivered.
         """
         self._refuse_failure()
         try:
             delivery: asyncio.Future[Any] = await self._producer.send(self._settings.clicks_topic, value, key)
+        except MessageSizeTooLargeError as error:
+            raise _too_large(key, value, f"{_LARGEST_RECORD:,} bytes with what Kafka adds") from error
         except KafkaError as error:
             raise _not_delivered(self._settings, error) from error
-        delivery.add_done_callback(self._note)
+        delivery.add_done_callback(partial(self._note, key, value))
         return delivery
 
     async def flush(self) -> None:
         """Wait until every event is acknowledged.
 
         Raises:
+            ClickTooLarge: one has more bytes than Kafka takes.
             BrokerUnavailable: one could not be delivered.
         """
         await self._producer.flush()
         await asyncio.sleep(0)  # the last deliveries' callbacks
         self._refuse_failure()
 
-    def _note(self, delivery: asyncio.Future[Any]) -> None:
+    def _note(self, key: bytes, value: bytes, delivery: asyncio.Future[Any]) -> None:
         if delivery.cancelled():
             return
         if error := delivery.exception():
-            self._failure = self._failure or error
+            self._failure = self._failure or self._explained(error, key, value)
         else:
             self.acknowledged += 1
 
+    def _explained(self, error: BaseException, key: bytes, value: bytes) -> StreamAppError:
+        if isinstance(error, MessageSizeTooLargeError):
+            return _too_large(key, value, f"max.message.bytes of topic {self._settings.clicks_topic}")
+        return _not_delivered(self._settings, error)
+
     def _refuse_failure(self) -> None:
         if self._failure:
-            raise _not_delivered(self._settings, self._failure) from self._failure
+            raise self._failure
 
 
 @asynccontextmanager
 async def click_producer(settings: Settings) -> AsyncIterator[ClickProducer]:
     """A started producer with Kafka's default partitioner, so that a user's clicks stay in one partition."""
-    producer = AIOKafkaProducer(**settings.kafka_client(), acks="all", linger_ms=_LINGER_MS, enable_idempotence=True)
+    producer = AIOKafkaProducer(
+        **settings.kafka_client(),
+        acks="all",
+        linger_ms=_LINGER_MS,
+        enable_idempotence=True,
+        max_request_size=_LARGEST_RECORD,
+    )
     try:
         try:
             await producer.start()
@@ -170,4 +194,13 @@ def _not_delivered(settings: Settings, error: BaseException) -> BrokerUnavailabl
     return BrokerUnavailable(
         f"Kafka at {settings.broker} did not take a click within {settings.broker_timeout_seconds:g} s"
         f" ({error}); is it running? Start a local one with: stream-app broker"
+    )
+
+
+def _too_large(key: bytes, value: bytes, most: str) -> ClickTooLarge:
+    user_id = key.decode()
+    shown = repr(user_id[:_SHOWN_CHARACTERS]) + ("…" if len(user_id) > _SHOWN_CHARACTERS else "")
+    return ClickTooLarge(
+        f"the click of user {shown} is larger than Kafka takes: {len(key):,} bytes of key (the user_id) and"
+        f" {len(value):,} of value, at most {most}; shorten its ids or take it out of the log"
     )

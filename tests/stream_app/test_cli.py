@@ -80,6 +80,19 @@ def test_an_unknown_option_is_a_usage_error(run):
     assert run("topics", "--colour", "red").exit_code == 2
 
 
+@pytest.mark.parametrize("rate", ["nan", "NaN", "inf", "-inf", "1e999", "0", "-1", "fast"])
+@pytest.mark.parametrize("command", [["replay", "log.csv"], ["demo"]])
+def test_a_rate_that_cannot_be_kept_is_a_usage_error(run, command, rate):
+    result = run(*command, "--rate", rate)
+    assert result.exit_code == 2
+    assert f"Invalid value for '--rate': {rate}" in result.stderr.replace("'fast'", "fast")
+
+
+@pytest.mark.parametrize("clicks", ["0", "nan", "inf", "9" * 30, "9" * 400])
+def test_a_number_of_clicks_that_nobody_lives_to_see_is_a_usage_error(run, clicks):
+    assert run("demo", "--clicks", clicks).exit_code == 2
+
+
 def test_a_file_that_is_not_there_is_one_line(run, tmp_path):
     result = run("replay", str(tmp_path / "none.csv"))
     assert result.exit_code == 1

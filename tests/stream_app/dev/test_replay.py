@@ -15,7 +15,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from lrurec.errors import InteractionsError
 from lrurec.interactions import read_interactions
 from stream_app.dev.click_log import LoggedClick, interleave, read_clicks
-from stream_app.dev.replay import click_event, paced, replay
+from stream_app.dev.replay import ClickTooLarge, click_event, paced, replay
 from stream_app.errors import BrokerUnavailable, TopicsError
 from stream_app.messages import decode_clicks
 from stream_app.settings import Settings
@@ -208,3 +208,26 @@ async def test_a_missing_topic_is_one_clear_line(bootstrap, unique_name):
 async def test_no_broker_is_one_clear_line(unused_tcp_port):
     with pytest.raises(BrokerUnavailable, match="stream-app broker"):
         await replay(Settings(broker=f"127.0.0.1:{unused_tcp_port}"), [LoggedClick("u", "i", 1)])
+
+
+HUGE = "x" * 3_000_000
+
+
+@pytest.mark.parametrize(("user_id", "item_id"), [(HUGE, "i"), ("u", HUGE)])
+async def test_a_click_larger_than_kafka_takes_is_one_short_line_with_its_user_and_sizes(settings, user_id, item_id):
+    with pytest.raises(ClickTooLarge) as error:
+        await replay(settings, [LoggedClick("before", "i", 1), LoggedClick(user_id, item_id, 1)])
+    message = str(error.value)
+    assert f"click of user {user_id[:40]!r}" in message
+    assert f"{len(user_id):,} bytes of key" in message
+    assert "at most 1,048,576 bytes" in message
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+async def test_a_click_larger_than_its_topic_takes_names_the_topics_limit(bootstrap, create_topic):
+    settings = Settings(broker=bootstrap, clicks_topic=await create_topic("clicks", max_message_bytes="20000"))
+    with pytest.raises(
+        ClickTooLarge, match=r"user 'u' is larger .* at most max\.message\.bytes of topic clicks-.*; shorten"
+    ):
+        await replay(settings, [LoggedClick("u", "x" * 30_000, 1)])
