@@ -25,7 +25,7 @@ from stream_app.dev.cache import data_folder
 from stream_app.dev.kafka.broker import DEFAULT_HEAP_MB, DEFAULT_PORT, LocalBroker
 from stream_app.dev.signals import keyboard_interrupt_on_signals
 from stream_app.errors import StreamAppError
-from stream_app.settings import Settings, variable
+from stream_app.settings import Settings, misspelt, variable
 
 _ERROR = 1
 _INTERRUPTED = 130  # a shell's code for a command that Ctrl-C ended
@@ -179,6 +179,7 @@ def topics(settings: Settings) -> None:
     """
     from stream_app.topics import ensure_topics
 
+    _tell_misspelt()
     _silence_clients()
     for topic in asyncio.run(ensure_topics(settings)):
         click.echo(
@@ -202,6 +203,7 @@ def replay(file: Path, rate: float | None, limit: int | None, settings: Settings
     from stream_app.dev.click_log import read_clicks
     from stream_app.dev.replay import replay as replay_clicks
 
+    _tell_misspelt()
     _silence_clients()
     clicks = read_clicks(file)[:limit]
     done = asyncio.run(
@@ -255,6 +257,12 @@ def demo(clicks: int | None, rate: float | None) -> None:
     _silence_clients()
     if not run_demo(DemoOptions(clicks, rate), Console(highlight=False)):
         raise KeyboardInterrupt
+
+
+def _tell_misspelt() -> None:
+    """Warn of variables that are no settings; the worker does so in its log."""
+    for name, meant in misspelt(os.environ).items():
+        _tell(f"Warning: {name} is no setting and changes nothing; did you mean {meant}?")
 
 
 def _silence_clients() -> None:

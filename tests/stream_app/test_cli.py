@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -74,6 +75,38 @@ def test_a_bad_setting_is_one_line_naming_it(run, command, tmp_path):
     assert result.exit_code == 1
     assert "STREAM_APP_BROKER='no port' is not allowed" in one_line(result.stderr)
     assert result.stdout == ""
+
+
+MISSPELT = {
+    "STREAM_APP_BROKR": "kafka:9092",
+    "STREAM_APP_CLICK_TOPIC": "c",
+    "STREAM_APP_SERVICE_HOST": "Kubernetes' own",
+}
+
+
+@pytest.mark.parametrize("command", ["topics", "replay"])
+def test_a_misspelt_variable_is_one_line_on_stderr_with_what_was_meant(run, command, tmp_path, unused_tcp_port):
+    arguments = [str(tmp_path / "none.csv")] if command == "replay" else []
+    result = run(command, *arguments, "--broker", f"127.0.0.1:{unused_tcp_port}", env=MISSPELT)
+    *warnings, error = result.stderr.splitlines()
+    assert warnings == [
+        "Warning: STREAM_APP_BROKR is no setting and changes nothing; did you mean STREAM_APP_BROKER?",
+        "Warning: STREAM_APP_CLICK_TOPIC is no setting and changes nothing; did you mean STREAM_APP_CLICKS_TOPIC?",
+    ]
+    assert error.startswith("Error: ")
+    assert (result.exit_code, result.stdout) == (1, "")
+
+
+def test_the_worker_tells_of_a_misspelt_variable_in_its_log(unused_tcp_port):
+    environment = {**os.environ, **MISSPELT, "STREAM_APP_BROKER": f"127.0.0.1:{unused_tcp_port}"}
+    result = run_with_stdout("", "worker", env=environment)
+    *lines, error = result.stderr.splitlines()
+    told = [line for line in map(json.loads, lines) if line["event"] == "variable is no setting"]
+    assert [(line["variable"], line["did_you_mean"]) for line in told] == [
+        ("STREAM_APP_BROKR", "STREAM_APP_BROKER"),
+        ("STREAM_APP_CLICK_TOPIC", "STREAM_APP_CLICKS_TOPIC"),
+    ]
+    assert error.startswith("Error: ")
 
 
 def test_an_unknown_option_is_a_usage_error(run):
