@@ -18,7 +18,7 @@ from lrurec import kernels
 from lrurec.bundle import Bundle
 from lrurec.errors import DeviceError
 from lrurec.model import Block, LRURec
-from lrurec.user_state import StateLayout, UserStates
+from lrurec.user_state import UNKNOWN_LOG, StateLayout, UserStates
 
 #: Items in one scoring product: 32 rows of 4,096 float32 scores stay in a core's second-level cache.
 CHUNK_ITEMS = 4_096
@@ -84,11 +84,14 @@ class _Weights(NamedTuple):
 
 
 def state_layout(
-    bundle: Bundle, precision: Literal["float16", "float32"] = "float16", recent_capacity: int = 100
+    bundle: Bundle,
+    precision: Literal["float16", "float32"] = "float16",
+    recent_capacity: int = 100,
+    source_log: str = UNKNOWN_LOG,
 ) -> StateLayout:
-    """The layout of user states under this bundle."""
+    """The layout of user states under this bundle and on this log of clicks."""
     config = bundle.config
-    return StateLayout(bundle.version, config.num_blocks, config.state_channels, precision, recent_capacity)
+    return StateLayout(bundle.version, config.num_blocks, config.state_channels, precision, recent_capacity, source_log)
 
 
 def build_engine(

@@ -1,17 +1,18 @@
 """A user's state as bytes: one fixed-size row, little-endian, that any language can read.
 
     bytes                 field            type            meaning
-    0                     format_version   u2              1; another layout gets another number
+    0                     format_version   u2              2; another layout gets another number
     2                     blocks           u1              recurrent blocks of the model
     3                     hidden_bytes     u1              bytes of a hidden number: 2 (float16) or 4 (float32)
     4                     channels         u2              complex channels of a block, 2·d
     6                     recent_capacity  u2              length R of the ring
     8                     model            8 bytes         version of the bundle that wrote it
-    16                    source_offset    i8              offset of the last applied click in its partition
-    24                    clicks           i8              clicks applied so far
-    32                    timestamp_ms     i8              time of the last applied click
-    40                    recent_items     R x i4          ring: click number n (from 0) lies at n mod R
-    40 + 4R               hidden           blocks x 2 x channels numbers: real parts, then imaginary parts
+    16                    source_log       16 bytes        identity of the log that source_offset is a place in
+    32                    source_offset    i8              offset of the last applied click in its partition
+    40                    clicks           i8              clicks applied so far
+    48                    timestamp_ms     i8              time of the last applied click
+    56                    recent_items     R x i4          ring: click number n (from 0) lies at n mod R
+    56 + 4R               hidden           blocks x 2 x channels numbers: real parts, then imaginary parts
 
 A new user's state is all zero but for the header: no clicks, h = 0, source_offset -1.
 """
@@ -28,8 +29,11 @@ from jaxtyping import Shaped
 
 from lrurec.errors import LRURecError
 
-FORMAT_VERSION = 1
-HEADER_BYTES = 16
+FORMAT_VERSION = 2
+HEADER_BYTES = 32
+
+UNKNOWN_LOG = "00" * 16
+"""The `source_log` where logs have no identity: every such log is taken for the same one."""
 
 #: Rows of a structured array, one a user; `StateLayout.dtype` is its type.
 UserStates: TypeAlias = Shaped[np.ndarray, " u"]
@@ -49,6 +53,8 @@ class StateLayout:
         channels: complex channels a block, 2·d.
         precision: type of the stored hidden numbers.
         recent_capacity: R, how many of the latest items are remembered.
+        source_log: identity of the log of clicks, 32 hexadecimal digits. A log made anew under the old name counts its
+            offsets from 0 again, so an old state's offset would hide new clicks; another identity refuses that state.
 
     """
 
@@ -57,6 +63,7 @@ class StateLayout:
     channels: int
     precision: Literal["float16", "float32"] = "float16"
     recent_capacity: int = 100
+    source_log: str = UNKNOWN_LOG
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
@@ -69,6 +76,7 @@ class StateLayout:
                 ("channels", "<u2"),
                 ("recent_capacity", "<u2"),
                 ("model", "V8"),
+                ("source_log", "V16"),
                 ("source_offset", "<i8"),
                 ("clicks", "<i8"),
                 ("timestamp_ms", "<i8"),
@@ -77,7 +85,7 @@ class StateLayout:
             ]
         )
 
-    #: Bytes 0 to 16 of every row of this layout: what must be equal before a row's other bytes mean anything.
+    #: Bytes 0 to 32 of every row of this layout: what must be equal before a row's other bytes mean anything.
     @cached_property
     def header(self) -> bytes:
         row = np.zeros(1, self.dtype)
@@ -87,6 +95,7 @@ class StateLayout:
         row["channels"] = self.channels
         row["recent_capacity"] = self.recent_capacity
         row["model"] = np.void(bytes.fromhex(self.model))
+        row["source_log"] = np.void(bytes.fromhex(self.source_log))
         return row.tobytes()[:HEADER_BYTES]
 
     @cached_property
@@ -120,12 +129,16 @@ class StateLayout:
     def _difference(self, row: bytes) -> str:
         if len(row) < HEADER_BYTES:
             return "these bytes are no user state at all"
-        found = np.frombuffer(row[:HEADER_BYTES], np.dtype(self.dtype.descr[:6]))[0]
-        ours = np.frombuffer(self.header, np.dtype(self.dtype.descr[:6]))[0]
+        found = np.frombuffer(row[:HEADER_BYTES], np.dtype(self.dtype.descr[:7]))[0]
+        ours = np.frombuffer(self.header, np.dtype(self.dtype.descr[:7]))[0]
         names = ("format_version", "blocks", "hidden_bytes", "channels", "recent_capacity")
         pairs = [f"{name} {found[name]} (here {ours[name]})" for name in names if found[name] != ours[name]]
         if found["model"] != ours["model"]:
             pairs.append(f"model {bytes(found['model']).hex()} (here {self.model})")
+        if found["source_log"] != ours["source_log"]:
+            pairs.append(f"source_log {bytes(found['source_log']).hex()} (here {self.source_log})")
+        if found["format_version"] != ours["format_version"]:
+            pairs = pairs[:1]  # in another format the other bytes mean something else
         return (
             f"a stored user state was written with {', '.join(pairs) or 'another layout'}; "
             "go on with the bundle and the settings that wrote it, or begin with new states"

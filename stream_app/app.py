@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from stream_app.publisher import Publisher
 from stream_app.record_batches import RecordBatchConsumer, RecordBatchSchema, RecordBatchTransport
 from stream_app.settings import Settings
 from stream_app.state_table import UserStateTable, user_state_table
+from stream_app.topics import FoundTopic
 
 #: Events that may wait in Faust's queue. The transport's own limit, in clicks, is far below, so that Faust never finds
 #: it full: it would stop polling for a second.
@@ -41,8 +43,8 @@ class Parts:
     metrics: Metrics
 
 
-def build_parts(settings: Settings) -> Parts:
-    """Read the bundle and assemble the worker. Needs a running event loop.
+def build_parts(settings: Settings, topics: Mapping[str, FoundTopic]) -> Parts:
+    """Read the bundle and assemble the worker on these verified topics. Needs a running event loop.
 
     Raises:
         SettingsError: no bundle is named, or it can't be used with these settings.
@@ -53,7 +55,8 @@ def build_parts(settings: Settings) -> Parts:
             "STREAM_APP_MODEL is not set: name a bundle, a folder written by `lrurec train` or `lrurec convert`"
         )
     bundle = load_bundle(settings.model)
-    layout = state_layout(bundle, settings.state_dtype, settings.recent_items)
+    clicks_id, changelog_id = topics[settings.clicks_topic].id, topics[settings.changelog_topic].id
+    layout = state_layout(bundle, settings.state_dtype, settings.recent_items, source_log=clicks_id.hex())
     engine = build_engine(
         bundle,
         layout,
@@ -71,7 +74,7 @@ def build_parts(settings: Settings) -> Parts:
         only_latest=settings.publish == "latest",
     )
     app = build_app(settings)
-    table = user_state_table(app, layout, settings.state_cache_mb << 20)
+    table = user_state_table(app, layout, changelog_id, settings.state_cache_mb << 20)
     publisher = Publisher(settings.kafka_client())
     metrics = Metrics()
     pipeline = Pipeline(

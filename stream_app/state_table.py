@@ -26,6 +26,7 @@ from faust.types import TP, AppT, CollectionT, EventT
 from lrurec.user_state import StateLayout, UserStateError
 from stream_app.errors import StateError
 from stream_app.record_batches import RecordBatchSchema, records_of
+from stream_app.topic_metadata import NO_ID
 
 #: Named apart from this module: mode gives each service its module's logger, and those are quieted (see logs.py).
 logger = logging.getLogger("stream_app.local_state")
@@ -33,9 +34,13 @@ logger = logging.getLogger("stream_app.local_state")
 # User keys are UTF-8, in which the byte 0xff does not occur: these can't be anybody's.
 _CHANGELOG_OFFSET = b"\xff\xffchangelog-offset"
 _LAYOUT = b"\xff\xfflayout"
+_CHANGELOG_ID = b"\xff\xffid-of-changelog"
 
 # What RocksDB says where another process, or this one, has the database open.
 _IN_USE = re.compile("While lock file|lock hold by current process")
+
+# What it says where the disk or its owner has to be helped first; setting the database aside would not.
+_UNUSABLE = re.compile("No space left|quota exceeded|Read-only file system|Permission denied|Too many open files")
 
 _OFFSET = struct.Struct("<q")
 
@@ -51,15 +56,25 @@ class UserStateStore(SerializedStore):
         app: the Faust app; `conf.tabledir` says where the databases lie.
         table: the table that this is the store of.
         layout: every stored state has this layout; a local database with another one is set aside and rebuilt.
+        changelog_id: Kafka's id of the changelog topic; a local database of another changelog is refused.
         cache_bytes: block cache, shared by all partitions.
 
     """
 
     def __init__(
-        self, url: str, app: AppT, table: CollectionT, *, layout: StateLayout, cache_bytes: int, **kwargs: Any
+        self,
+        url: str,
+        app: AppT,
+        table: CollectionT,
+        *,
+        layout: StateLayout,
+        changelog_id: bytes,
+        cache_bytes: int,
+        **kwargs: Any,
     ) -> None:
         super().__init__(url, app, table, **kwargs)
         self.layout = layout
+        self._changelog_id = changelog_id
         self._identity = layout.header + struct.pack("<q", layout.dtype.itemsize)
         self._cache = rocksdict.Cache(cache_bytes)
         self._databases: dict[int, rocksdict.Rdict] = {}
@@ -71,29 +86,29 @@ class UserStateStore(SerializedStore):
         """The packed states under these keys, None for users without one. Blocks; releases the GIL.
 
         Raises:
-            StateError: the partition is not assigned to this worker, or its database is damaged.
+            StateError: the partition is not assigned to this worker, or its database is damaged or can't be used.
         """
-        with self._damage_set_aside(partition):
+        with self._disk_errors_explained(partition):
             return cast("list[bytes | None]", self._database(partition)[list(keys)])
 
     def persist(self, partition: int, rows: Iterable[Row], changelog_offset: int) -> None:
         """Write states, and the changelog offset that holds the last of them, as one batch. Blocks.
 
         Raises:
-            StateError: the partition is not assigned to this worker, or its database is damaged.
+            StateError: the partition is not assigned to this worker, or its database is damaged or can't be used.
         """
         batch = rocksdict.WriteBatch(raw_mode=True)
         for key, state in rows:
             batch.put(key, state)
         batch.put(_CHANGELOG_OFFSET, _OFFSET.pack(changelog_offset))
-        with self._damage_set_aside(partition):
+        with self._disk_errors_explained(partition):
             self._database(partition).write(batch)
 
     # -- what Faust uses
 
     def persisted_offset(self, tp: TP) -> int | None:
         """Return the changelog offset up to which the local database is complete."""
-        with self._damage_set_aside(tp.partition):
+        with self._disk_errors_explained(tp.partition):
             packed = self._database(tp.partition).get(_CHANGELOG_OFFSET)
         return None if packed is None else int(_OFFSET.unpack(packed)[0])
 
@@ -128,15 +143,15 @@ class UserStateStore(SerializedStore):
         """Close the databases of partitions that left, open those that came."""
         ours = {tp.partition for tp in assigned if tp.topic in self.table.changelog_topic.topics}
         for partition in self._databases.keys() - ours:
-            self._databases.pop(partition).close()
+            self._close(partition)
         for partition in ours - self._databases.keys():
             self._databases[partition] = self._open(partition)
 
     async def stop(self) -> None:
         """Close every database."""
         await super().stop()
-        while self._databases:
-            self._databases.popitem()[1].close()
+        for partition in list(self._databases):
+            self._close(partition)
 
     # -- reading by hand, as a mapping
 
@@ -200,47 +215,65 @@ class UserStateStore(SerializedStore):
         database = None
         try:
             database = rocksdict.Rdict(str(path), options=self._options())
-            found = database.get(_LAYOUT)
+            layout, changelog = database.get(_LAYOUT), database.get(_CHANGELOG_ID)
         except Exception as error:  # noqa: BLE001  (rocksdict raises bare Exception for every damage)
+            if database is not None:
+                database.close()
             if _IN_USE.search(str(error)):
                 raise StateError(
                     f"the state folder {path} is in use by another worker; give each its own STREAM_APP_STATE_DIR"
                 ) from None
-            if database is not None:
-                database.close()
+            if _UNUSABLE.search(str(error)):
+                raise _unusable(path, error) from None
             return self._start_over(partition, path, str(error))
-        if found is None:
-            database.put(_LAYOUT, self._identity)
-        elif found != self._identity:
+        if layout not in {None, self._identity}:
             database.close()
-            return self._start_over(partition, path, "its states have another model or layout")
+            return self._start_over(partition, path, "its states have another model, layout or clicks topic")
+        if changelog not in {None, NO_ID, self._changelog_id}:
+            database.close()
+            raise StateError(
+                f"the state folder {path} was filled from another changelog than the one that is there now, which was "
+                "deleted and made anew: states may be missing from it; go on with a new STREAM_APP_APP_ID, which "
+                "begins with new states"
+            )
+        self._label(database)
         return database
 
+    def _close(self, partition: int) -> None:
+        try:
+            self._databases.pop(partition).close()
+        except Exception as error:  # noqa: BLE001  (what a bad disk did not take is in the changelog)
+            logger.warning("closing local state failed", extra={"data": {"partition": partition, "reason": str(error)}})
+
+    def _label(self, database: rocksdict.Rdict) -> None:
+        database[_LAYOUT] = self._identity
+        database[_CHANGELOG_ID] = self._changelog_id
+
     @contextmanager
-    def _damage_set_aside(self, partition: int) -> Iterator[None]:
-        """A damaged block is noticed when it is read: without its database, the next start restores the states."""
+    def _disk_errors_explained(self, partition: int) -> Iterator[None]:
+        """Errors of RocksDB for an operator; a damaged database is set aside, so that the next start restores it."""
         try:
             yield
+        except StateError:
+            raise
         except Exception as error:
-            if not str(error).startswith("Corruption"):
-                raise
             path = self._folder() / str(partition)
-            aside = _aside(path)
-            self._databases.pop(partition).close()
-            path.rename(aside)
+            if not str(error).startswith("Corruption"):
+                raise _unusable(path, error) from error
+            self._close(partition)
+            aside = _set_aside(path)
             raise StateError(
                 f"the state folder {path} is damaged ({error}) and was set aside as {aside.name}; "
                 "start the worker again: it restores these states from the changelog"
             ) from None
 
     def _start_over(self, partition: int, path: Path, reason: str) -> rocksdict.Rdict:
-        aside = _aside(path)
         try:
-            path.rename(aside)
+            aside = _set_aside(path)
             database = rocksdict.Rdict(str(path), options=self._options())
+            self._label(database)
         except Exception as error:  # noqa: BLE001
             raise StateError(f"the state folder {path} can't be used: {reason}; {error}") from None
-        database.put(_LAYOUT, self._identity)
         logger.warning(
             "local state set aside, restoring from the changelog",
             extra={"data": {"partition": partition, "reason": reason, "kept_at": str(aside)}},
@@ -267,8 +300,9 @@ class UserStateStore(SerializedStore):
 class UserStateTable(Table):
     """`user_state`: user id in UTF-8 → packed state, one database a partition."""
 
-    def __init__(self, app: AppT, *, layout: StateLayout, cache_bytes: int, **kwargs: Any) -> None:
+    def __init__(self, app: AppT, *, layout: StateLayout, changelog_id: bytes, cache_bytes: int, **kwargs: Any) -> None:
         self._layout = layout
+        self._changelog_id = changelog_id
         self._cache_bytes = cache_bytes
         super().__init__(
             app,
@@ -286,6 +320,7 @@ class UserStateTable(Table):
             self.app,
             self,
             layout=self._layout,
+            changelog_id=self._changelog_id,
             cache_bytes=self._cache_bytes,
             table_name=self.name,
             key_type=bytes,
@@ -300,8 +335,19 @@ class UserStateTable(Table):
         return cast("UserStateStore", self.data)
 
 
-def _aside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.set-aside-{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 10**9:09}")
+def _set_aside(path: Path) -> Path:
+    """Rename a database's folder, for somebody to look at; the one set aside before it is removed."""
+    for older in path.parent.glob(f"{path.name}.set-aside-*"):
+        shutil.rmtree(older, ignore_errors=True)
+    aside = path.with_name(f"{path.name}.set-aside-{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 10**9:09}")
+    return path.rename(aside)
+
+
+def _unusable(path: Path, error: Exception) -> StateError:
+    return StateError(
+        f"the state folder {path} can't be used ({error}): see to its disk and start the worker again; what is missing "
+        "there is restored from the changelog"
+    )
 
 
 def restore_rows(
@@ -340,6 +386,7 @@ def _foreign_state(state: bytes, layout: StateLayout) -> str:
     raise AssertionError("a state that can be unpacked fits the layout")
 
 
-def user_state_table(app: faust.App, layout: StateLayout, cache_bytes: int) -> UserStateTable:
+def user_state_table(app: faust.App, layout: StateLayout, changelog_id: bytes, cache_bytes: int) -> UserStateTable:
     """The table, registered with the app."""
-    return cast("UserStateTable", app.tables.add(UserStateTable(app, layout=layout, cache_bytes=cache_bytes)))
+    table = UserStateTable(app, layout=layout, changelog_id=changelog_id, cache_bytes=cache_bytes)
+    return cast("UserStateTable", app.tables.add(table))

@@ -8,9 +8,10 @@ an existing topic are its owner's business; what a new topic gets is in `wanted_
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
@@ -18,6 +19,7 @@ from aiokafka.errors import KafkaConnectionError, KafkaError
 
 from stream_app.errors import BrokerUnavailable, TopicsError
 from stream_app.settings import Settings
+from stream_app.topic_metadata import TopicMetadata, describe
 
 _POLICY = "cleanup.policy"
 _POLL_SECONDS = 0.05
@@ -46,8 +48,12 @@ class WantedTopic:
 
 @dataclass(frozen=True, slots=True)
 class FoundTopic:
+    id: bytes
+    """Kafka's own, see `topic_metadata`; a topic made anew under the same name has another."""
     partitions: int
     policy: str
+    has_leaders: bool = True
+    """Whether every partition can be read and written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +124,7 @@ def mismatches(wanted: WantedTopic, found: FoundTopic, settings: Settings) -> li
 def _mend_partitions(wanted: WantedTopic, found: FoundTopic, settings: Settings) -> str:
     if wanted.name == settings.changelog_topic:
         return (
-            "it must have as many as the clicks topic: choose another STREAM_APP_APP_ID,"
-            " or delete the changelog and the user states in it"
+            "it must have as many as the clicks topic: choose another STREAM_APP_APP_ID, which begins with new states"
         )
     return f"set STREAM_APP_PARTITIONS={found.partitions}, or name another topic by STREAM_APP_CLICKS_TOPIC"
 
@@ -149,8 +154,8 @@ async def ensure_topics(settings: Settings) -> list[TopicOutcome]:
     ]
 
 
-async def verify_topics(settings: Settings) -> None:
-    """Refuse missing and unfit topics; creates nothing.
+async def verify_topics(settings: Settings) -> dict[str, FoundTopic]:
+    """The four topics by name, if none is missing or unfit; creates nothing.
 
     Raises:
         BrokerUnavailable: no answer within `broker_timeout_seconds`, all steps together.
@@ -162,7 +167,65 @@ async def verify_topics(settings: Settings) -> None:
     missing = [topic.name for topic in wanted if topic.name not in found]
     if missing:
         raise _missing(settings, missing)
+    leaderless = [name for name, topic in found.items() if not topic.has_leaders]
+    if leaderless:
+        raise TopicsError(
+            f"topic {', topic '.join(leaderless)} on {settings.broker} has partitions without a leader:"
+            " bring the brokers that hold them back"
+        )
     _refuse_mismatches(wanted, found, settings)
+    return found
+
+
+async def watch_topics(settings: Settings, verified: Mapping[str, FoundTopic], seconds: float) -> NoReturn:
+    """Look again and again whether the topics are still those that were verified at the start.
+
+    Offsets of a topic made anew begin at 0 again: a worker that went on would take its clicks for applied ones.
+
+    Raises:
+        TopicsError: a topic was deleted or made anew, or got more partitions where their number matters.
+    """
+    missed: set[str] = set()
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            async with _admin(settings) as admin:
+                found = await describe(admin, list(verified))
+        except BrokerUnavailable:
+            continue  # nothing can be said; a broker that stays away is noticed where records are read and written
+        gone = verified.keys() - found.keys()
+        if changed := _changes(settings, verified, found) or _deletions(settings, gone & missed):
+            raise TopicsError("; ".join(changed))
+        missed = gone  # once is not enough: a broker that comes back may not know every topic at once
+
+
+def _changes(settings: Settings, verified: Mapping[str, FoundTopic], found: Mapping[str, TopicMetadata]) -> list[str]:
+    changed = [
+        f"topic {name} was deleted and made anew while the worker ran: what was in it is gone, and its offsets count"
+        " from 0 again; go on with a new STREAM_APP_APP_ID, which begins with new states"
+        for name, topic in found.items()
+        if topic.id != verified[name].id
+    ]
+    partitions = found[settings.clicks_topic].partitions if settings.clicks_topic in found else settings.partitions
+    if partitions != settings.partitions:
+        changed.append(
+            f"topic {settings.clicks_topic} got {partitions} partitions while the worker ran, and had"
+            f" {settings.partitions}: users have moved to partitions where their states are not; go on with"
+            f" STREAM_APP_PARTITIONS={partitions} and a new STREAM_APP_APP_ID"
+        )
+    return changed
+
+
+def _deletions(settings: Settings, names: Iterable[str]) -> list[str]:
+    return [
+        f"topic {name} was deleted while the worker ran: "
+        + (
+            "create it with: stream-app topics"
+            if name in {settings.recommendations_topic, settings.dead_letter_topic}
+            else "what was in it is gone; create it with: stream-app topics, and go on with a new STREAM_APP_APP_ID"
+        )
+        for name in sorted(names)
+    ]
 
 
 async def require_topic(settings: Settings, name: str) -> None:
@@ -173,7 +236,7 @@ async def require_topic(settings: Settings, name: str) -> None:
         TopicsError: there is no such topic.
     """
     async with _admin(settings) as admin:
-        there = await admin.list_topics()
+        there = await describe(admin, [name])
     if name not in there:
         raise _missing(settings, [name])
 
@@ -214,18 +277,13 @@ def _unavailable(settings: Settings, what: str) -> BrokerUnavailable:
 
 
 async def _find(admin: AIOKafkaAdminClient, wanted: Sequence[WantedTopic]) -> dict[str, FoundTopic]:
-    """Those of the topics that exist and have a leader for every partition.
-
-    Asks for the list of all topics: asking for one by its name would create it where Kafka may create topics.
-    """
-    names = {topic.name for topic in wanted}
-    partitions = {
-        topic["topic"]: len(topic["partitions"])
-        for topic in await admin.describe_topics()
-        if topic["topic"] in names and all(partition["leader"] >= 0 for partition in topic["partitions"])
+    """Those of the topics that exist."""
+    there = await describe(admin, [topic.name for topic in wanted])
+    policies = await _policies(admin, list(there))
+    return {
+        name: FoundTopic(there[name].id, there[name].partitions, policy, there[name].has_leaders)
+        for name, policy in policies.items()
     }
-    policies = await _policies(admin, list(partitions))
-    return {name: FoundTopic(partitions[name], policy) for name, policy in policies.items()}
 
 
 async def _policies(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str, str]:
@@ -245,10 +303,10 @@ async def _policies(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[st
 
 
 async def _find_all(admin: AIOKafkaAdminClient, wanted: Sequence[WantedTopic]) -> dict[str, FoundTopic]:
-    """Wait until every broker that is asked knows the topics just created. The caller holds the deadline."""
+    """Wait until every broker that is asked knows the topics and their leaders. The caller holds the deadline."""
     while True:
         found = await _find(admin, wanted)
-        if len(found) == len(wanted):
+        if len(found) == len(wanted) and all(topic.has_leaders for topic in found.values()):
             return found
         await asyncio.sleep(_POLL_SECONDS)
 

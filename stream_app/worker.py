@@ -7,9 +7,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import structlog
 import uvloop
@@ -23,12 +23,17 @@ from stream_app.logs import configure_logging
 from stream_app.metrics import value
 from stream_app.record_batches import RecordBatchConsumer
 from stream_app.settings import Settings, misspelt
-from stream_app.topics import verify_topics
+from stream_app.topics import FoundTopic, verify_topics, watch_topics
 
 log = structlog.get_logger(__name__)
 
+_Result = TypeVar("_Result")
+
 #: Seconds between progress lines.
 _PROGRESS_SECONDS = 10.0
+
+#: Seconds between looks at whether the topics are still the same.
+_TOPICS_SECONDS = 10.0
 
 #: Seconds kept of the shutdown's for leaving the group when draining fails.
 _LEAVING_SECONDS = 3.0
@@ -53,53 +58,65 @@ def run_worker(settings: Settings) -> None:
 
 async def _run(settings: Settings) -> None:
     stop = _stop_on_signals()
-    if not await _done_before(stop, verify_topics(settings)):
+    try:
+        verified = await _unless_asked(stop, verify_topics(settings))
+    except _StopAsked:
         return
     # One core does the products: threads of BLAS beside the event loop only wait for each other.
     threadpool_limits(1, user_api="blas")
-    parts = build_parts(settings)
+    parts = build_parts(settings, verified)
     log.info("starting", app_id=settings.app_id, broker=settings.broker, model_version=parts.bundle.version)
-    topics = (settings.recommendations_topic, settings.dead_letter_topic, settings.changelog_topic)
     try:
         if settings.web_port:
             await parts.health.start(settings.web_host, settings.web_port)
-        if await _done_before(stop, parts.publisher.start(topics)):
-            await _work(parts, stop, settings)
+        await _unless_asked(stop, parts.publisher.start(verified.keys() - {settings.clicks_topic}))
+        await _work(parts, stop, verified, settings)
+    except _StopAsked:
+        pass
     finally:
         await parts.publisher.stop()
         await parts.health.stop()
     log.info("stopped", clicks=int(value(parts.metrics.applied)))
 
 
-async def _done_before(stop: asyncio.Event, step: Coroutine[Any, Any, None]) -> bool:
-    """Whether a step of the start ended before a signal asked to stop; if not, it is given up."""
+class _StopAsked(Exception):
+    """A signal came while a step of the start was under way; it was given up."""
+
+
+async def _unless_asked(stop: asyncio.Event, step: Coroutine[Any, Any, _Result]) -> _Result:
+    """What a step of the start gives, if no signal asks to stop before.
+
+    Raises:
+        _StopAsked: one did.
+    """
     doing, asked = asyncio.create_task(step), asyncio.create_task(stop.wait())
     await asyncio.wait({doing, asked}, return_when=asyncio.FIRST_COMPLETED)
     asked.cancel()
     if doing.done():
-        doing.result()
-        return True
+        return doing.result()
     doing.cancel()
     await asyncio.gather(doing, return_exceptions=True)
-    return False
+    raise _StopAsked
 
 
-async def _work(parts: Parts, stop: asyncio.Event, settings: Settings) -> None:
+async def _work(parts: Parts, stop: asyncio.Event, topics: Mapping[str, FoundTopic], settings: Settings) -> None:
     """Run the pipeline and Faust until a signal, then drain. What can't go on ends the process here."""
     pipeline = asyncio.create_task(parts.pipeline.run(), name="pipeline")
     progress = asyncio.create_task(_report_progress(parts), name="progress")
     starting = asyncio.create_task(parts.app.start(), name="start")  # ends when the states are restored
-    stuck = asyncio.create_task(_until_stuck(parts, settings.broker_timeout_seconds + _STUCK_SECONDS), name="watch")
+    stuck = asyncio.create_task(_until_stuck(parts, settings.broker_timeout_seconds + _STUCK_SECONDS), name="stuck")
+    changed = asyncio.create_task(watch_topics(settings, topics, _TOPICS_SECONDS), name="topics")
     leaving_seconds = min(_LEAVING_SECONDS, settings.shutdown_seconds / 4)
     try:
-        await _until_stopped(parts, stop, starting, stuck, pipeline)
+        await _until_stopped(parts, stop, starting, {pipeline, stuck, changed})
         await _drain(parts, pipeline, settings.shutdown_seconds - leaving_seconds)
     except Exception as error:  # noqa: BLE001  (whatever it is, going on could lose or double clicks)
         await _end_process(parts, error, leaving_seconds)
     finally:
-        for task in (progress, stuck, pipeline):
+        others = (progress, stuck, changed, pipeline)
+        for task in others:
             task.cancel()
-        await asyncio.gather(progress, stuck, pipeline, return_exceptions=True)
+        await asyncio.gather(*others, return_exceptions=True)
 
 
 def _stop_on_signals() -> asyncio.Event:
@@ -118,20 +135,16 @@ def _stop_on_signals() -> asyncio.Event:
 
 
 async def _until_stopped(
-    parts: Parts,
-    stop: asyncio.Event,
-    starting: asyncio.Task[None],
-    stuck: asyncio.Task[None],
-    pipeline: asyncio.Task[None],
+    parts: Parts, stop: asyncio.Event, starting: asyncio.Task[None], endless: set[asyncio.Task[None]]
 ) -> None:
     """Return when a signal asks for it, be it during the start.
 
     Raises:
-        WorkerError or what the pipeline raised: it can't go on.
+        Exception: Faust crashed, or what one of the tasks that go on for ever raised; the worker can't go on.
     """
     asked = asyncio.create_task(stop.wait())
     crashed = asyncio.create_task(parts.app.wait_until_stopped())
-    ends = {asked, crashed, stuck, pipeline}
+    ends = {asked, crashed, *endless}
     try:
         await asyncio.wait({starting, *ends}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done() and not starting.cancelled():
@@ -140,11 +153,10 @@ async def _until_stopped(
     finally:
         for task in (asked, starting, crashed):
             task.cancel()
-    if pipeline.done():
-        pipeline.result()
-        raise WorkerError("the pipeline ended without a reason")
-    if stuck.done():
-        stuck.result()
+    for task in endless:
+        if task.done():
+            task.result()
+            raise WorkerError(f"{task.get_name()} ended without a reason")
     if parts.app.crash_reason is not None:
         raise _explained(parts.app.crash_reason, parts.app.conf.datadir)
 
@@ -152,8 +164,9 @@ async def _until_stopped(
 def _explained(reason: BaseException, folder: Path) -> Exception:
     if isinstance(reason, ConsistencyError):
         return WorkerError(
-            f"a database in {folder} holds more of the changelog than Kafka has, so it belongs to another changelog: "
-            "remove that folder and start again; the states are restored from the changelog"
+            f"a database in {folder} holds more of the changelog than Kafka has, which must have lost the end of it: "
+            "go on with a new STREAM_APP_APP_ID, which begins with new states; or remove that folder to go on with "
+            "what Kafka has"
         )
     if isinstance(reason, (StreamAppError, LRURecError)):
         return reason

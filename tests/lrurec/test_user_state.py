@@ -23,6 +23,7 @@ layouts = st.builds(
     channels=st.integers(1, 300),
     precision=st.sampled_from(["float16", "float32"]),
     recent_capacity=st.integers(1, 300),
+    source_log=st.binary(min_size=16, max_size=16).map(bytes.hex),
 )
 
 
@@ -80,30 +81,35 @@ def test_every_field_lies_where_the_module_says(layout):
         "channels": 4,
         "recent_capacity": 6,
         "model": 8,
-        "source_offset": 16,
-        "clicks": 24,
-        "timestamp_ms": 32,
-        "recent_items": 40,
-        "hidden": 40 + ring,
+        "source_log": 16,
+        "source_offset": 32,
+        "clicks": 40,
+        "timestamp_ms": 48,
+        "recent_items": 56,
+        "hidden": 56 + ring,
     }
-    assert layout.dtype.itemsize == len(layout.initial_row) == 40 + ring + number * layout.blocks * 2 * layout.channels
+    assert layout.dtype.itemsize == len(layout.initial_row) == 56 + ring + number * layout.blocks * 2 * layout.channels
 
 
 @given(layouts)
 def test_the_header_can_be_read_without_numpy(layout):
     number = {"float16": 2, "float32": 4}[layout.precision]
     fixed = struct.pack("<HBBHH", FORMAT_VERSION, layout.blocks, number, layout.channels, layout.recent_capacity)
-    assert layout.header == layout.initial_row[:HEADER_BYTES] == fixed + bytes.fromhex(layout.model)
+    identities = bytes.fromhex(layout.model + layout.source_log)
+    assert layout.header == layout.initial_row[:HEADER_BYTES] == fixed + identities
 
 
 def test_a_state_on_the_wire_has_these_bytes():
-    layout = StateLayout("0123456789abcdef", blocks=1, channels=2, recent_capacity=2)
+    log = "00112233445566778899aabbccddeeff"
+    layout = StateLayout("0123456789abcdef", blocks=1, channels=2, recent_capacity=2, source_log=log)
     state = layout.unpack([None])
     state["source_offset"], state["clicks"], state["timestamp_ms"] = 0x0102030405060708, 3, -2
     state["recent_items"], state["hidden"] = [7, 0x01020304], [[[1.0, -2.0], [0.5, 65504.0]]]
     assert state.tobytes().hex(" ", -8).split() == [
-        "0100010202000200",
+        "0200010202000200",
         "0123456789abcdef",
+        "0011223344556677",
+        "8899aabbccddeeff",
         "0807060504030201",
         "0300000000000000",
         "feffffffffffffff",
@@ -143,6 +149,7 @@ def test_bytes_that_are_no_state_are_called_that():
     ("other", "difference"),
     [
         (replace(LAYOUT, model="fedcba9876543210"), r"model fedcba9876543210 \(here 0123456789abcdef\)"),
+        (replace(LAYOUT, source_log="ab" * 16), r"source_log (ab){16} \(here 0{32}\)"),
         (replace(LAYOUT, blocks=3), r"blocks 3 \(here 2\)"),
         (replace(LAYOUT, channels=8), r"channels 8 \(here 6\)"),
         (replace(LAYOUT, precision="float32"), r"hidden_bytes 4 \(here 2\)"),
@@ -160,8 +167,8 @@ def test_a_state_of_another_model_or_layout_is_refused_with_the_difference_and_w
 
 
 def test_a_state_of_another_format_version_is_refused():
-    newer = struct.pack("<H", FORMAT_VERSION + 1) + LAYOUT.initial_row[2:]
-    with pytest.raises(UserStateError, match=r"format_version 2 \(here 1\)"):
+    newer = struct.pack("<H", FORMAT_VERSION + 1) + bytes(len(LAYOUT.initial_row) - 2)
+    with pytest.raises(UserStateError, match=r"written with format_version 3 \(here 2\);"):
         LAYOUT.unpack([newer])
 
 

@@ -15,7 +15,7 @@ import schemas
 from lrurec.user_state import FORMAT_VERSION, StateLayout
 
 DOCUMENT = schemas.load("user-state.json")
-STRUCT_CODES = {"u1": "B", "u2": "H", "i4": "i", "i8": "q", "f2": "e", "f4": "f", "b8": "8s"}
+STRUCT_CODES = {"u1": "B", "u2": "H", "i4": "i", "i8": "q", "f2": "e", "f4": "f", "b8": "8s", "b16": "16s"}
 
 layouts = st.builds(
     StateLayout,
@@ -24,6 +24,7 @@ layouts = st.builds(
     channels=st.integers(1, 20),
     precision=st.sampled_from(["float16", "float32"]),
     recent_capacity=st.integers(1, 30),
+    source_log=st.binary(min_size=16, max_size=16).map(bytes.hex),
 )
 
 
@@ -33,11 +34,10 @@ def read(data: bytes) -> dict[str, Any]:
     for field in DOCUMENT["fields"]:
         code, shape = STRUCT_CODES[type_of(field, values)], shape_of(field, values)
         numbers = struct.unpack_from(
-            f"<{math.prod(shape)}{code}" if code != "8s" else "8s", data, offset_of(field, values)
+            f"<{code}" if code.endswith("s") else f"<{math.prod(shape)}{code}", data, offset_of(field, values)
         )
         values[field["name"]] = nested(list(numbers), shape)
-    values["model"] = values["model"].hex()
-    return values
+    return values | {name: values[name].hex() for name in ("model", "source_log")}
 
 
 def type_of(field: dict[str, Any], values: dict[str, Any]) -> str:
@@ -79,6 +79,7 @@ def test_a_reader_of_the_document_finds_every_field(layout, data):
         "channels": layout.channels,
         "recent_capacity": layout.recent_capacity,
         "model": layout.model,
+        "source_log": layout.source_log,
         **drawn,
         "recent_items": list(range(7, 7 + layout.recent_capacity)),
         "hidden": state["hidden"][0].tolist(),
@@ -108,7 +109,8 @@ def test_the_documented_example_reads_as_it_says(example):
     data = bytes.fromhex(example["hex"])
     values = example["values"]
     assert read(data) == values
-    layout = StateLayout(values["model"], values["blocks"], values["channels"], "float16", values["recent_capacity"])
+    sizes = (values["blocks"], values["channels"], "float16", values["recent_capacity"])
+    layout = StateLayout(values["model"], *sizes, values["source_log"])
     [state] = layout.unpack([data])
     assert state["clicks"] == values["clicks"]
     assert state["recent_items"].tolist() == values["recent_items"]

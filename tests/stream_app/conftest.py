@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 import uuid
@@ -82,3 +83,20 @@ def eventually() -> Callable[[Callable[[], object], float], None]:
             time.sleep(0.02)
 
     return wait
+
+
+@pytest.fixture
+def recreate(admin: AIOKafkaAdminClient) -> Callable[..., Awaitable[None]]:
+    """`await recreate(name, partitions=4)` deletes a topic and makes it anew under its old name."""
+
+    async def delete_and_create(name: str, partitions: int = 1, **configs: str) -> None:
+        await admin.delete_topics([name])
+        topic_configs = {key.replace("_", "."): value for key, value in configs.items()}
+        async with asyncio.timeout(20):
+            while True:
+                response = await admin.create_topics([NewTopic(name, partitions, 1, topic_configs=topic_configs)])
+                if response.topic_errors[0][1] == 0:
+                    return
+                await asyncio.sleep(0.05)  # the deletion is still under way
+
+    return delete_and_create

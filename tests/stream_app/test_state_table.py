@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import random
 import shutil
 import signal
 import subprocess
@@ -25,9 +26,11 @@ from hypothesis import strategies as st
 from lrurec.user_state import StateLayout
 from stream_app.errors import StateError
 from stream_app.state_table import UserStateStore, restore_rows, user_state_table
+from stream_app.topic_metadata import NO_ID
 
 LAYOUT = StateLayout("0123456789abcdef", blocks=1, channels=2, recent_capacity=3)
 CHANGELOG = "app-user_state-changelog"
+CHANGELOG_ID = bytes(range(16))
 CACHE_BYTES = 8 << 20
 
 
@@ -37,9 +40,9 @@ def state(source_offset: int, clicks: int = 0, layout: StateLayout = LAYOUT) -> 
     return row.tobytes()
 
 
-def make_store(folder: Path, layout: StateLayout = LAYOUT) -> UserStateStore:
+def make_store(folder: Path, layout: StateLayout = LAYOUT, changelog_id: bytes = CHANGELOG_ID) -> UserStateStore:
     app = faust.App("app", broker="kafka://", datadir=str(folder), web_enabled=False, topic_partitions=3)
-    return user_state_table(app, layout, CACHE_BYTES).store
+    return user_state_table(app, layout, changelog_id, CACHE_BYTES).store
 
 
 async def assign(store: UserStateStore, *partitions: int) -> UserStateStore:
@@ -238,7 +241,7 @@ async def test_states_of_another_model_or_layout_are_set_aside_whole(store, data
     await new.stop()
     [aside] = database.parent.glob("0.set-aside-*")
     assert [(record.levelname, record.data["reason"], record.data["kept_at"]) for record in caplog.records] == [
-        ("WARNING", "its states have another model or layout", str(aside))
+        ("WARNING", "its states have another model, layout or clicks topic", str(aside))
     ]
     shutil.rmtree(database)
     aside.rename(database)
@@ -268,6 +271,27 @@ async def test_a_folder_in_use_by_another_store_of_this_process_is_refused(store
     with pytest.raises(StateError, match="is in use by another worker"):
         await assign_in(tmp_path)
     assert read_all(store) == ({}, None)
+
+
+async def test_a_folder_filled_from_a_changelog_that_was_made_anew_is_refused_and_left_alone(store, tmp_path):
+    store.persist(0, [(b"a", state(1))], 7)
+    await store.stop()
+    with pytest.raises(StateError, match=r"user_state/0 was filled from another changelog .*STREAM_APP_APP_ID"):
+        await assign(make_store(tmp_path, changelog_id=bytes(range(16, 32))), 0)
+    again = await assign_in(tmp_path)
+    assert read_all(again) == ({b"a": state(1)}, 7)
+    await again.stop()
+
+
+async def test_a_folder_filled_when_kafka_gave_no_ids_is_taken_for_this_changelogs(tmp_path):
+    old = await assign(make_store(tmp_path, changelog_id=NO_ID), 0)
+    old.persist(0, [(b"a", state(1))], 7)
+    await old.stop()
+    again = await assign_in(tmp_path)
+    assert read_all(again) == ({b"a": state(1)}, 7)
+    await again.stop()
+    with pytest.raises(StateError, match="another changelog"):  # from now on it belongs to this one
+        await assign(make_store(tmp_path, changelog_id=bytes(range(16, 32))), 0)
 
 
 # -- damage
@@ -393,6 +417,52 @@ async def test_damage_found_while_clicks_flow_ends_the_worker_and_the_next_start
     await again.stop()
 
 
+async def test_only_the_newest_of_the_folders_set_aside_is_kept(whole, tmp_path, database):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    for damage in (b"first", b"second"):
+        (database / "CURRENT").write_bytes(damage)
+        assert await after_a_restart(tmp_path) == ({}, None)
+    [aside] = database.parent.glob("0.set-aside-*")
+    assert (aside / "CURRENT").read_bytes() == b"second"
+
+
+async def test_a_folder_removed_under_a_running_worker_is_named_with_what_to_do(store, tmp_path, database):
+    store.persist(0, [(b"a", state(1))], 7)
+    shutil.rmtree(tmp_path / "v1")
+
+    def write_until_a_new_file_is_begun():
+        for number in range(100):
+            store.persist(0, [(b"%d" % user, random.randbytes(LAYOUT.dtype.itemsize)) for user in range(5_000)], number)
+
+    with pytest.raises(StateError, match=r"user_state/0 can't be used \(.*\): see to its disk and start the worker"):
+        write_until_a_new_file_is_begun()
+    await store.stop()
+    again = await assign_in(tmp_path)
+    assert read_all(again) == ({}, None)
+    await again.stop()
+
+
+def test_a_folder_that_the_system_refuses_to_open_is_named_and_not_set_aside(tmp_path, database):
+    database.parent.mkdir(parents=True)
+    limited = f"""
+import asyncio, resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_state_table import assign_in
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_NOFILE, (12, 12))
+try:
+    asyncio.run(assign_in(Path({str(tmp_path)!r})))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", limited]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith(f"StateError the state folder {database} can't be used (IO error: "), done
+    assert "see to its disk" in done.stdout
+    assert not list(database.parent.glob("*set-aside*"))
+
+
 # -- recovery
 
 
@@ -457,8 +527,8 @@ def test_tombstones_and_records_without_a_key_are_passed_over():
             r"model fedcba9876543210 \(here 0123456789abcdef\)",
         ),
         (state(1, layout=replace(LAYOUT, precision="float32")), r"hidden_bytes 4 \(here 2\)"),
-        (state(1)[:-1], "59 bytes, not 60"),
-        (b"", "0 bytes, not 60"),
+        (state(1)[:-1], "75 bytes, not 76"),
+        (b"", "0 bytes, not 76"),
     ],
 )
 def test_a_foreign_state_in_the_changelog_is_refused_with_what_to_do(foreign, difference):

@@ -6,11 +6,12 @@ import asyncio
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -341,3 +342,28 @@ def test_states_of_another_model_are_refused_not_mixed(site: Site, tmp_path: Pat
         assert worker.process.wait(40) == 1
         assert "channels 128 (here 32)" in worker.tail()
         assert "STREAM_APP_APP_ID" in worker.tail()
+
+
+@pytest.mark.parametrize("disk", ["kept", "lost"])
+async def test_a_clicks_topic_made_anew_is_refused_as_its_clicks_would_be_taken_for_applied_ones(
+    site: Site, recreate: Callable[..., Awaitable[None]], disk: str
+) -> None:
+    await produce(site, [click("u", str(n)) for n in range(1, 60)])
+    with WorkerProcess(site) as worker:
+        await recommendations_for(site, 59)
+        assert worker.terminate() == 0
+    await recreate(site.clicks, partitions=site.partitions)
+    if disk == "lost":
+        shutil.rmtree(site.folder / "state")
+    await produce(site, [click("u", "1")])
+    with WorkerProcess(site, "again") as worker:
+        assert worker.process.wait(40) == 1
+        assert re.search(r"Error: .*source_log \w{32} \(here \w{32}\).*STREAM_APP_APP_ID", worker.tail())
+
+
+async def test_a_clicks_topic_made_anew_under_a_running_worker_ends_it(
+    site: Site, worker: WorkerProcess, recreate: Callable[..., Awaitable[None]]
+) -> None:
+    await recreate(site.clicks, partitions=site.partitions)
+    assert worker.process.wait(40) == 1
+    assert re.search(rf"Error: topic {site.clicks} was deleted .*STREAM_APP_APP_ID", worker.tail())
