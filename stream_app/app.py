@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import uuid
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import faust
+from faust.assignor.partition_assignor import PartitionAssignor
 from mode.supervisors import CrashingSupervisor
 from yarl import URL
 
@@ -27,6 +29,9 @@ from stream_app.topics import FoundTopic
 #: Events that may wait in Faust's queue. The transport's own limit, in clicks, is far below, so that Faust never finds
 #: it full: it would stop polling for a second.
 _QUEUE = 65_536
+
+#: Seconds after which a member notices partitions that Kafka did not tell of while the group was formed.
+_METADATA_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,8 @@ def build_app(settings: Settings) -> faust.App:
         broker_request_timeout=max(settings.broker_timeout_seconds, settings.session_timeout_seconds + 1),
         broker_commit_interval=1.0,
         broker_max_poll_records=settings.max_batch,
+        consumer_metadata_max_age_ms=_METADATA_SECONDS * 1000,
+        canonical_url=f"worker://{uuid.uuid4()}",  # what Faust's assignor tells members apart by
         datadir=str(folder),
         topic_partitions=settings.partitions,
         table_standby_replicas=0,
@@ -137,8 +144,22 @@ def add_agent(app: faust.App, settings: Settings, pipeline: Pipeline) -> None:
 
 
 def is_ready(app: faust.App) -> bool:
-    """Whether states are restored and clicks flow."""
-    return bool(app.tables.actives_ready and not app.rebalancing)
+    """Whether states are restored and clicks flow, here and in the rest of the group.
+
+    Faust's assignor passes over a topic that Kafka does not tell of, as it may just after a restart: then there are
+    members without partitions though partitions are without a member. A spare member of a full group is ready.
+    """
+    return bool(
+        app.tables.actives_ready
+        and not app.rebalancing
+        and assigned_partitions(cast("PartitionAssignor", app.assignor).changelog_distribution)
+        == app.conf.topic_partitions
+    )
+
+
+def assigned_partitions(distribution: Mapping[str, Mapping[str, Collection[int]]]) -> int:
+    """How many partitions of the changelog have a member: member → topic → its partitions."""
+    return len({partition for topics in distribution.values() for held in topics.values() for partition in held})
 
 
 def lag_of(app: faust.App) -> dict[int, int]:

@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 from lrurec.errors import LRURecError
 from stream_app.app import Parts, build_parts, is_ready, lag_of
 from stream_app.errors import StreamAppError, WorkerError
+from stream_app.header_names import read_any_header_name
 from stream_app.logs import configure_logging
 from stream_app.metrics import value
 from stream_app.record_batches import RecordBatchConsumer
@@ -64,6 +65,7 @@ async def _run(settings: Settings) -> None:
         return
     # One core does the products: threads of BLAS beside the event loop only wait for each other.
     threadpool_limits(1, user_api="blas")
+    read_any_header_name()
     parts = build_parts(settings, verified)
     log.info("starting", app_id=settings.app_id, broker=settings.broker, model_version=parts.bundle.version)
     try:

@@ -24,6 +24,8 @@ from typing import Any, Self
 
 import torch
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.producer.message_accumulator import BatchBuilder
+from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 from aiokafka.structs import ConsumerRecord
 
 from lrurec.bundle import Bundle
@@ -133,6 +135,12 @@ class WorkerProcess:
             lines = answer.read().decode().splitlines()
         return float(next(line.split()[1] for line in lines if line.split()[0] == f"stream_app_{name}"))
 
+    def holds(self) -> list[int] | None:
+        """The partitions that its last line about being ready names; None before the first."""
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        ready = [line["partitions"] for line in lines if line["event"] == "ready"]
+        return ready[-1] if ready else None
+
     def kill(self) -> None:
         self.process.kill()
         self.process.wait(10)
@@ -185,6 +193,29 @@ async def produce(
     async with producer(site, compression) as client:
         sent = [await client.send(site.clicks, key=key, value=value) for key, value in records]
         await asyncio.gather(*sent)
+
+
+class _RawName(str):
+    """A header name that is written as other bytes than UTF-8 has for it."""
+
+    raw: bytes
+
+    def encode(self, *_: object) -> bytes:
+        return self.raw
+
+
+def header_name(raw: bytes) -> str:
+    """A name that a batch of `with_raw_header_names` writes as these bytes; other languages' clients can."""
+    name = _RawName(raw.decode(errors="replace"))
+    name.raw = raw
+    return name
+
+
+def with_raw_header_names(batch: BatchBuilder, compression: str | None = None) -> BatchBuilder:
+    """A batch that asks header names for their bytes; aiokafka's compiled builder doesn't."""
+    codec = {None: 0, "gzip": 1, "zstd": 4}[compression]
+    batch._builder = _DefaultRecordBatchBuilderPy(2, codec, 0, -1, -1, 0, 1_000_000)
+    return batch
 
 
 async def read_topic(site: Site, topic: str) -> list[ConsumerRecord]:

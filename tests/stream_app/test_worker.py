@@ -26,13 +26,16 @@ from tests.stream_app.live import (
     WorkerProcess,
     assert_list_is_right,
     click,
+    header_name,
     produce,
+    producer,
     read_topic,
     read_until,
     recommendations_for,
     run_command,
     source_of,
     wait_until,
+    with_raw_header_names,
 )
 
 GOLDEN = Path(__file__).parents[1] / "lrurec" / "golden" / "public_large_d64_b2.npz"
@@ -192,6 +195,21 @@ async def test_poison_goes_to_the_dead_letters_untouched_and_stops_nobody(
         assert headers["disposition"]
 
 
+async def test_header_names_that_are_no_utf8_stop_nobody(site: Site, worker: WorkerProcess, bundle: Bundle) -> None:
+    clicks = [(f"user-{n % 3}", str(n + 1)) for n in range(30)]
+    async with producer(site) as client:
+        batch = with_raw_header_names(client.create_batch())
+        for number, (user, item) in enumerate(clicks):
+            key, value = click(user, item)
+            headers = [(header_name(b"trace \xff"), b"1")] if number % 4 == 1 else []
+            batch.append(key=key, value=value, timestamp=None, headers=headers)
+        batch.append(key=b"u", value=b"poison", timestamp=None, headers=[(header_name(b"\xc0name"), None)])
+        await (await client.send_batch(batch, site.clicks, partition=0))
+    assert_exact(await recommendations_for(site, len(clicks)), clicks, bundle)
+    [letter] = await read_until(site, site.dead_letters, bool)
+    assert (letter.key, letter.value, letter.headers[0]) == (b"u", b"poison", ("\ufffdname", None))
+
+
 async def test_clicks_are_read_whatever_their_compression(site: Site, worker: WorkerProcess, bundle: Bundle) -> None:
     clicks = random_clicks(500, users=30, seed=10)
     for number, compression in enumerate(["gzip", "snappy", "lz4", "zstd", None]):
@@ -241,6 +259,26 @@ async def test_two_workers_share_the_partitions_and_a_third_takes_over_for_one_t
             assert third.terminate() == 0, third.tail()
         assert second.terminate() == 0, second.tail()
     assert_exact(recommendations, clicks, bundle)
+
+
+def test_a_spare_worker_is_ready_and_takes_over_for_the_one_that_leaves(
+    bootstrap: str, unique_name: Callable[[str], str], bundle_folder: Path, tmp_path: Path
+) -> None:
+    site = Site(bootstrap, unique_name("app"), bundle_folder, tmp_path, partitions=1)
+    site.create_topics()
+    with (
+        WorkerProcess(site, "one", STATE_DIR=str(tmp_path / "one")) as one,
+        WorkerProcess(site, "two", STATE_DIR=str(tmp_path / "two")) as two,
+    ):
+        both = (one, two)
+
+        def settled() -> bool:
+            return [w.ask("/ready") for w in both] == [200, 200] and sorted(w.holds() or [] for w in both) == [[], [0]]
+
+        wait_until(settled, 40, lambda: one.tail() + two.tail())
+        holder, spare = both if one.holds() else (two, one)
+        assert holder.terminate() == 0, holder.tail()
+        wait_until(lambda: spare.holds() == [0] and spare.ask("/ready") == 200, 30, spare.tail)
 
 
 async def test_sigterm_finishes_commits_and_exits_0(site: Site, worker: WorkerProcess) -> None:
