@@ -16,7 +16,7 @@ from lrurec.bundle import Bundle, load_bundle
 from lrurec.serving import build_engine, state_layout
 from stream_app.errors import SettingsError
 from stream_app.health import HealthServer
-from stream_app.messages import RecommendationEncoder
+from stream_app.messages import ClickLimits, RecommendationEncoder
 from stream_app.metrics import Metrics
 from stream_app.micro_batch import MicroBatcher
 from stream_app.pipeline import Pipeline, Topics
@@ -71,16 +71,17 @@ def build_parts(settings: Settings, topics: Mapping[str, FoundTopic]) -> Parts:
         max_batch=settings.max_batch,
     )
     ids = ["", *bundle.catalogue.item_ids]
+    encoder = RecommendationEncoder(ids, bundle.version)
     batcher = MicroBatcher(
         engine,
         item_rows={item_id: row for row, item_id in enumerate(ids) if row},
-        encoder=RecommendationEncoder(ids, bundle.version),
-        max_click_bytes=settings.max_click_bytes,
+        encoder=encoder,
+        limits=_limits(settings, encoder, topics),
         only_latest=settings.publish == "latest",
     )
     app = build_app(settings)
     table = user_state_table(app, layout, changelog_id, settings.state_cache_mb << 20)
-    publisher = Publisher(settings.kafka_client())
+    publisher = Publisher(settings.kafka_client(), _largest_batch(settings, topics))
     metrics = Metrics()
     pipeline = Pipeline(
         batcher,
@@ -95,6 +96,29 @@ def build_parts(settings: Settings, topics: Mapping[str, FoundTopic]) -> Parts:
     add_agent(app, settings, pipeline)
     health = HealthServer(metrics, lambda: is_ready(app), lambda: _refresh(app, metrics))
     return Parts(app, settings.clicks_topic, bundle, table, publisher, pipeline, health, metrics)
+
+
+def _largest_batch(settings: Settings, topics: Mapping[str, FoundTopic]) -> int:
+    """Bytes of a record batch that the topics of recommendations and of states both take."""
+    return min(topics[name].max_message_bytes for name in (settings.recommendations_topic, settings.changelog_topic))
+
+
+def _limits(settings: Settings, encoder: RecommendationEncoder, topics: Mapping[str, FoundTopic]) -> ClickLimits:
+    """What a click may hold, so that Kafka takes the recommendation and the state that it leads to.
+
+    Raises:
+        SettingsError: the longest list leaves no room for a user_id.
+    """
+    room = _largest_batch(settings, topics)
+    needed = encoder.most_bytes(settings.top_k, settings.clicks_topic)
+    if needed > room // 2:
+        raise SettingsError(
+            f"STREAM_APP_TOP_K={settings.top_k} is not allowed here: with this model's longest item ids a "
+            f"recommendation may take {needed:,} bytes, more than half of the {room:,} that topics "
+            f"{settings.recommendations_topic} and {settings.changelog_topic} take; lower it, or raise "
+            "max.message.bytes of both"
+        )
+    return ClickLimits(settings.max_click_bytes, room - needed)
 
 
 def build_app(settings: Settings) -> faust.App:

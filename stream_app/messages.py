@@ -12,6 +12,10 @@ from jaxtyping import Float32, Int32
 
 Header = tuple[str, bytes]
 
+# Upper bounds: of an item in a list without its id, and of all the other fields of a recommendation with their numbers.
+_ITEM_BYTES = 64
+_REST_BYTES = 1_024
+
 
 class Record(Protocol):
     """What is needed of a consumed Kafka record."""
@@ -59,19 +63,28 @@ class ClickColumns:
     unknown_items: int = 0
 
 
-def decode_clicks(records: Iterable[Record], item_rows: Mapping[str, int], max_bytes: int) -> ClickColumns:
+class ClickLimits(NamedTuple):
+    """What is too large to be a click."""
+
+    max_bytes: int
+    """Of a value."""
+    max_id_bytes: int
+    """Of what a recommendation repeats: the user_id, as its key and in its JSON, and the event_id in its JSON."""
+
+
+def decode_clicks(records: Iterable[Record], item_rows: Mapping[str, int], limits: ClickLimits) -> ClickColumns:
     """Columns of one partition's records; never raises for what a record holds.
 
     Args:
         records: in log order.
         item_rows: item id → item row, 1..N.
-        max_bytes: a longer value is no click.
+        limits: a larger record is no click.
 
     """
     columns = ClickColumns()
     for record in records:
         try:
-            key, item_id, timestamp_ms, event_id = _parse(record.key, record.value, max_bytes)
+            key, item_id, timestamp_ms, event_id = _parse(record.key, record.value, limits)
         except NotAClick as reason:
             columns.dead_letters.append(_dead_letter(record, str(reason)))
             continue
@@ -87,11 +100,11 @@ def decode_clicks(records: Iterable[Record], item_rows: Mapping[str, int], max_b
     return columns
 
 
-def _parse(key: bytes | None, value: bytes | None, max_bytes: int) -> tuple[bytes, str, int, str | None]:
+def _parse(key: bytes | None, value: bytes | None, limits: ClickLimits) -> tuple[bytes, str, int, str | None]:
     if value is None:
         raise NotAClick("the value is null; a click is a JSON object")
-    if len(value) > max_bytes:
-        raise NotAClick(f"the value has {len(value):,} bytes; at most {max_bytes:,} are taken")
+    if len(value) > limits.max_bytes:
+        raise NotAClick(f"the value has {len(value):,} bytes; at most {limits.max_bytes:,} are taken")
     try:
         click = orjson.loads(value)
     except orjson.JSONDecodeError as error:
@@ -115,7 +128,15 @@ def _parse(key: bytes | None, value: bytes | None, max_bytes: int) -> tuple[byte
         raise NotAClick("user_id is empty")
     if key != user_id.encode():
         raise NotAClick(f"the key {key[:64]!r} is not the user_id {user_id[:64]!r} in UTF-8")
+    if 2 * len(value) > limits.max_id_bytes:  # both ids stand in the value, so a short one needs no closer look
+        _refuse_long_ids(key, user_id, event_id, limits.max_id_bytes)
     return key, item_id, timestamp_ms, event_id
+
+
+def _refuse_long_ids(key: bytes, user_id: str, event_id: str | None, most: int) -> None:
+    needed = len(key) + len(orjson.dumps(user_id)) + len(orjson.dumps(event_id))
+    if needed > most:
+        raise NotAClick(f"user_id and event_id take {needed:,} bytes of a recommendation; it has room for {most:,}")
 
 
 def _wrong_type(click: Mapping[str, object], name: str, wanted: str) -> str:
@@ -166,6 +187,11 @@ class RecommendationEncoder:
 
     item_ids: Sequence[str]
     model_version: str
+
+    def most_bytes(self, top_k: int, topic: str) -> int:
+        """An upper bound for a recommendation of `top_k` items to a click of `topic`, without user_id and event_id."""
+        longest = sorted((len(orjson.dumps(item_id)) for item_id in self.item_ids), reverse=True)[:top_k]
+        return sum(longest) + _ITEM_BYTES * top_k + len(topic) + _REST_BYTES
 
     def encode(
         self,

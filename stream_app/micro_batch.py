@@ -14,6 +14,7 @@ import numpy as np
 from lrurec.serving import Clicks, Engine
 from stream_app.messages import (
     ClickColumns,
+    ClickLimits,
     DeadLetter,
     RecommendationEncoder,
     Record,
@@ -56,7 +57,7 @@ class MicroBatcher:
         engine: the model on its device.
         item_rows: item id → item row.
         encoder: writes recommendations.
-        max_click_bytes: a longer value is no click.
+        limits: a larger record is no click.
         only_latest: rank each user's last click of the micro-batch only, instead of every click.
 
     """
@@ -64,7 +65,7 @@ class MicroBatcher:
     engine: Engine
     item_rows: Mapping[str, int]
     encoder: RecommendationEncoder
-    max_click_bytes: int
+    limits: ClickLimits
     only_latest: bool = False
 
     def advance(self, batches: Sequence[Sequence[Record]], load: LoadStates, now_ms: int) -> Outbox:
@@ -86,7 +87,7 @@ class MicroBatcher:
         return outbox
 
     def _decode(self, records: Sequence[Record]) -> ClickColumns:
-        return decode_clicks(records, self.item_rows, self.max_click_bytes)
+        return decode_clicks(records, self.item_rows, self.limits)
 
     def _apply(
         self, parts: list[_Part], users: list[tuple[int, bytes]], states: np.ndarray, outbox: Outbox, now_ms: int

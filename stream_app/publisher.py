@@ -15,7 +15,7 @@ from stream_app.messages import DeadLetter
 from stream_app.micro_batch import KeyValue
 from stream_app.partitioner import partitions_of
 
-#: Bytes of one record batch. Kafka's own limit, message.max.bytes, is 1,048,588 by default, with the batch's header.
+#: Bytes of one record batch, at most; a topic may take less.
 BATCH_BYTES = 1_000_000
 
 
@@ -32,11 +32,14 @@ class Publisher:
     Dead letters have a producer of their own, which is not idempotent: one that is takes no more records for a
     partition after Kafka has refused a batch, and a dead letter may be refused for its size.
 
-    `connection` is `Settings.kafka_client()`.
+    Args:
+        connection: `Settings.kafka_client()`.
+        largest_batch: bytes of the largest record batch that every topic takes, its header included.
+
     """
 
-    def __init__(self, connection: Mapping[str, Any]) -> None:
-        limits = {"max_batch_size": BATCH_BYTES, "max_request_size": 64 * BATCH_BYTES}
+    def __init__(self, connection: Mapping[str, Any], largest_batch: int = BATCH_BYTES) -> None:
+        limits = {"max_batch_size": min(largest_batch, BATCH_BYTES), "max_request_size": 64 * BATCH_BYTES}
         self._producer = AIOKafkaProducer(**connection, acks="all", enable_idempotence=True, **limits)
         self._dead_letter_producer = AIOKafkaProducer(**connection, acks="all", **limits)
         self._partitions: dict[str, int] = {}

@@ -22,6 +22,7 @@ from stream_app.settings import Settings
 from stream_app.topic_metadata import TopicMetadata, describe
 
 _POLICY = "cleanup.policy"
+_MAX_BYTES = "max.message.bytes"
 _POLL_SECONDS = 0.05
 _MOST_REPLICAS = 3
 _UNKNOWN_TOPIC, _ALREADY_EXISTS = 3, 36  # Kafka's error codes
@@ -52,6 +53,8 @@ class FoundTopic:
     """Kafka's own, see `topic_metadata`; a topic made anew under the same name has another."""
     partitions: int
     policy: str
+    max_message_bytes: int
+    """The largest record batch that it takes."""
     has_leaders: bool = True
     """Whether every partition can be read and written."""
 
@@ -91,7 +94,7 @@ def wanted_topics(settings: Settings) -> tuple[WantedTopic, ...]:
             partitions_matter=False,
             policies=("delete",),
             why="a compacted topic refuses letters without a key",
-            configs={"max.message.bytes": str(_DEAD_LETTER_BYTES)},
+            configs={_MAX_BYTES: str(_DEAD_LETTER_BYTES)},
         ),
         WantedTopic(
             settings.changelog_topic,
@@ -279,27 +282,32 @@ def _unavailable(settings: Settings, what: str) -> BrokerUnavailable:
 async def _find(admin: AIOKafkaAdminClient, wanted: Sequence[WantedTopic]) -> dict[str, FoundTopic]:
     """Those of the topics that exist."""
     there = await describe(admin, [topic.name for topic in wanted])
-    policies = await _policies(admin, list(there))
     return {
-        name: FoundTopic(there[name].id, there[name].partitions, policy, there[name].has_leaders)
-        for name, policy in policies.items()
+        name: FoundTopic(
+            there[name].id,
+            there[name].partitions,
+            configs[_POLICY],
+            int(configs[_MAX_BYTES]),
+            there[name].has_leaders,
+        )
+        for name, configs in (await _configs(admin, list(there))).items()
     }
 
 
-async def _policies(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str, str]:
-    """cleanup.policy of the topics that the answering broker knows."""
+async def _configs(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What is verified of the configuration of the topics that the answering broker knows."""
     if not names:
         return {}
-    resources = [ConfigResource(ConfigResourceType.TOPIC, name, {_POLICY: ""}) for name in names]
-    policies = {}
+    resources = [ConfigResource(ConfigResourceType.TOPIC, name, {_POLICY: "", _MAX_BYTES: ""}) for name in names]
+    configs = {}
     for response in await admin.describe_configs(resources):
         for code, message, _, name, entries in response.resources:
             if code == _UNKNOWN_TOPIC:
                 continue
             if code:
                 raise TopicsError(f"topic {name}: its configuration can't be read: {message or f'Kafka error {code}'}")
-            policies[name] = next(entry[1] for entry in entries if entry[0] == _POLICY)
-    return policies
+            configs[name] = {entry[0]: entry[1] for entry in entries}
+    return configs
 
 
 async def _find_all(admin: AIOKafkaAdminClient, wanted: Sequence[WantedTopic]) -> dict[str, FoundTopic]:

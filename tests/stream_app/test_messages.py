@@ -15,6 +15,7 @@ from jsonschema.validators import extend
 
 import schemas
 from stream_app.messages import (
+    ClickLimits,
     DeadLetter,
     RecommendationEncoder,
     Source,
@@ -42,8 +43,8 @@ def click(**fields):
     return json.dumps({"user_id": "u", "item_id": "A", "timestamp_ms": 5} | fields).encode()
 
 
-def decode(*records, max_bytes=MAX_BYTES):
-    return decode_clicks(records, ROWS, max_bytes)
+def decode(*records, max_bytes=MAX_BYTES, max_id_bytes=10 * MAX_BYTES):
+    return decode_clicks(records, ROWS, ClickLimits(max_bytes, max_id_bytes))
 
 
 # -- clicks
@@ -66,7 +67,9 @@ def test_the_columns_of_a_click_are_its_fields():
 @pytest.mark.parametrize("document", CLICK["examples"])
 def test_the_schemas_examples_are_clicks(document):
     key = document["user_id"].encode()
-    columns = decode_clicks([record(key, json.dumps(document).encode())], {document["item_id"]: 1}, MAX_BYTES)
+    columns = decode_clicks(
+        [record(key, json.dumps(document).encode())], {document["item_id"]: 1}, ClickLimits(MAX_BYTES, MAX_BYTES)
+    )
     assert columns.user == [key]
 
 
@@ -91,6 +94,16 @@ def test_a_value_may_be_as_long_as_the_limit_and_no_longer():
     assert decode(record(value=value), max_bytes=len(value)).user == [b"u"]
     [letter] = decode(record(value=value), max_bytes=len(value) - 1).dead_letters
     assert letter.value == value
+
+
+def test_ids_may_be_as_long_as_a_recommendation_has_room_for_and_no_longer():
+    value = click(user_id="ü" * 20, event_id='"' * 30)
+    room = 40 + 42 + 62  # as key, and in JSON with quotes and escapes
+    assert decode(record("ü".encode() * 20, value), max_id_bytes=room).event_id == ['"' * 30]
+    [letter] = decode(record("ü".encode() * 20, value), max_id_bytes=room - 1).dead_letters
+    reason = "user_id and event_id take 144 bytes of a recommendation; it has room for 143"
+    assert text_of(letter)["__streams.errors.message"] == reason
+    assert decode(record(value=click(note="x" * 200)), max_id_bytes=100).user == [b"u"]  # only ids are repeated
 
 
 def test_of_a_name_that_stands_twice_the_last_counts():
@@ -317,6 +330,22 @@ def test_a_recommendation_keeps_to_its_schema_and_says_what_was_given(user, rows
     if source.event_id is None:
         del given_source["event_id"]
     assert document["source"] == given_source
+
+
+wide = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
+
+
+@given(st.lists(wide, min_size=1, max_size=6, unique=True), wide, st.none() | wide, sources, st.data())
+def test_a_recommendation_is_never_larger_than_its_click_and_list_were_taken_for(items, user, event_id, source, data):
+    encoder = RecommendationEncoder(["", *items], "5f0c1d9e2ab34c77")
+    fields = {"user_id": user, "item_id": "A"} | ({} if event_id is None else {"event_id": event_id})
+    columns = decode(record(user.encode(), click(**fields)), max_bytes=10_000, max_id_bytes=150)
+    if not columns.user:  # too large by the limit
+        return
+    rows = data.draw(st.lists(st.sampled_from(range(1, len(items) + 1)), unique=True))
+    scores = data.draw(st.lists(st.floats(width=32), min_size=len(rows), max_size=len(rows)))
+    value = encoder.encode(user, rows, scores, 2**63 - 1, source._replace(event_id=event_id), 2**63 - 1)
+    assert len(columns.user[0]) + len(value) <= encoder.most_bytes(len(rows), source.topic) + 150
 
 
 def test_a_recommendation_holds_no_field_that_its_schema_does_not_know():

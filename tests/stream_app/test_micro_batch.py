@@ -19,7 +19,7 @@ from lrurec.config import LRURecConfig
 from lrurec.model import LRURec
 from lrurec.serving import CompiledEngine, state_layout
 from lrurec.user_state import UserStateError
-from stream_app.messages import RecommendationEncoder
+from stream_app.messages import ClickLimits, RecommendationEncoder
 from stream_app.micro_batch import MicroBatcher
 
 NOW_MS = 1_700_000_000_000
@@ -58,7 +58,9 @@ def batcher(bundle, engine):
 
 def batcher_of(bundle, engine, *, only_latest=False):
     rows = {item_id: row for row, item_id in enumerate(ITEMS, start=1)}
-    return MicroBatcher(engine, rows, RecommendationEncoder(["", *ITEMS], bundle.version), 200, only_latest)
+    return MicroBatcher(
+        engine, rows, RecommendationEncoder(["", *ITEMS], bundle.version), ClickLimits(200, 400), only_latest
+    )
 
 
 class World:

@@ -190,4 +190,4 @@ async def test_partitions_added_under_a_running_worker_are_noticed(settings, adm
 async def test_a_kafka_that_is_away_says_nothing_about_its_topics(settings, unused_tcp_port):
     away = replace(settings, broker=f"127.0.0.1:{unused_tcp_port}", broker_timeout_seconds=0.2)
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(watch_topics(away, {"clicks": FoundTopic(b"", 1, "delete")}, 0.05), 1)
+        await asyncio.wait_for(watch_topics(away, {"clicks": FoundTopic(b"", 1, "delete", 1_000)}, 0.05), 1)

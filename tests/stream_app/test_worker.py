@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from lrurec.bundle import Bundle, load_bundle, save_bundle
 from lrurec.convert import convert
@@ -193,6 +195,24 @@ async def test_poison_goes_to_the_dead_letters_untouched_and_stops_nobody(
         assert headers["__streams.errors.exception"]
         assert headers["__streams.errors.message"]
         assert headers["disposition"]
+
+
+async def test_ids_too_large_for_a_recommendation_are_poison_and_stop_nobody(
+    site: Site, admin: AIOKafkaAdminClient, bundle: Bundle
+) -> None:
+    for topic in (site.recommendations, site.changelog):
+        wanted = {"cleanup.policy": "compact", "max.message.bytes": "20000"}
+        config = ConfigResource(ConfigResourceType.TOPIC, topic, wanted)
+        await admin.alter_configs([config])
+    clicks = [("u", "1"), ("x" * 8_000, "2"), ("y" * 9_900, "3"), ("u", "4")]
+    await produce(site, [click(user, item) for user, item in clicks])
+    with WorkerProcess(site):
+        assert_exact(await recommendations_for(site, 3), [c for c in clicks if c[1] != "3"], bundle)
+        [letter] = await read_until(site, site.dead_letters, bool)
+    assert letter.key == b"y" * 9_900
+    refused = run_command(["worker"], site.environment(WEB_PORT="0", TOP_K="150"))
+    assert refused.returncode == 1
+    assert re.search(r"Error: STREAM_APP_TOP_K=150 is not allowed here: .*max\.message\.bytes", refused.stderr)
 
 
 async def test_header_names_that_are_no_utf8_stop_nobody(site: Site, worker: WorkerProcess, bundle: Bundle) -> None:

@@ -17,7 +17,7 @@ from lrurec.interactions import read_interactions
 from stream_app.dev.click_log import LoggedClick, interleave, read_clicks
 from stream_app.dev.replay import ClickTooLarge, click_event, paced, replay
 from stream_app.errors import BrokerUnavailable, TopicsError
-from stream_app.messages import decode_clicks
+from stream_app.messages import ClickLimits, decode_clicks
 from stream_app.settings import Settings
 
 POSITIONS = "user_id,item_id,position\nu1,A,1\nu1,B,2\nu1,A,3\nu2,C,1\nu2,A,2\nü3,B,1\n"
@@ -59,7 +59,7 @@ async def test_every_click_of_the_log_becomes_an_event_of_the_contract(settings,
     after = time.time_ns() // 1_000_000
 
     assert done.sent == done.acknowledged == 6
-    decoded = decode_clicks(records, {"A": 1, "B": 2, "C": 3}, max_bytes=1_000)
+    decoded = decode_clicks(records, {"A": 1, "B": 2, "C": 3}, ClickLimits(1_000, 1_000))
     assert not decoded.dead_letters
     assert not decoded.unknown_items
     assert all(before <= stamp <= after for stamp in decoded.timestamp_ms)
