@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 
 import structlog
@@ -11,6 +12,35 @@ from stream_app.settings import Settings
 
 #: Loggers that warn of what is usual, such as each heartbeat during a rebalance; at level debug they say everything.
 _CHATTY = ("aiokafka", "faust", "mode", "aiohttp", "stream_app.record_batches", "stream_app.state_table")
+
+#: Seconds for which a library's message is not repeated: aiokafka alone says 75 times a second that Kafka is away.
+_QUIET_SECONDS = 10.0
+
+#: Messages that are remembered for it.
+_MESSAGES = 1_000
+
+
+class OnceInAWhile(logging.Filter):
+    """Lets a library's message through once in `seconds`, the next time with how often it was `repeated` meanwhile."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+        self._seen: dict[tuple[str, int, str], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to log this one. The text before its arguments are filled in tells messages apart."""
+        message = (record.name, record.levelno, str(record.msg))
+        last, held_back = self._seen.get(message, (-math.inf, 0))
+        if record.created - last < self._seconds:
+            self._seen[message] = last, held_back + 1
+            return False
+        if len(self._seen) >= _MESSAGES:
+            self._seen.clear()
+        self._seen[message] = record.created, 0
+        if held_back:
+            record.repeated = held_back
+        return True
 
 
 def configure_logging(settings: Settings) -> None:
@@ -33,6 +63,9 @@ def configure_logging(settings: Settings) -> None:
     )
     level = settings.log_level.upper()
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    seldom = OnceInAWhile(_QUIET_SECONDS)
+    if level != "DEBUG":
+        handler.addFilter(lambda record: not record.name.startswith(_CHATTY) or seldom.filter(record))
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.DEBUG if level == "DEBUG" else logging.ERROR)
 

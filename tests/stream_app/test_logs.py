@@ -1,0 +1,56 @@
+"""One line that an operator reads, instead of a thousand equal ones."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+
+from stream_app.logs import OnceInAWhile
+
+LOGGING = """
+import logging, os
+from stream_app.logs import configure_logging
+from stream_app.settings import Settings
+configure_logging(Settings.from_environment(os.environ))
+for number in range(3):
+    logging.getLogger("aiokafka.consumer").error("node %d is away", number)
+    logging.getLogger("aiokafka").error("no metadata")
+    logging.getLogger("stream_app.worker").info("progress")
+"""
+
+
+def logged(**environment):
+    command = [sys.executable, "-c", LOGGING]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    return [json.loads(line)["event"] for line in done.stderr.splitlines()]
+
+
+def test_a_librarys_message_is_not_repeated_at_once_and_our_own_lines_always_come():
+    assert logged() == ["node 0 is away", "no metadata", "progress", "progress", "progress"]
+
+
+def test_at_level_debug_everything_is_said():
+    assert len(logged(STREAM_APP_LOG_LEVEL="debug")) == 9
+
+
+def test_a_message_comes_again_after_a_while_and_says_how_often_it_was_held_back():
+    seldom = OnceInAWhile(10)
+    times = [0, 2, 4, 10, 12, 19, 20, 40]
+    records = [made(at) for at in times]
+    passed = [record for record in records if seldom.filter(record)]
+    assert [record.created for record in passed] == [0, 10, 20, 40]
+    assert [getattr(record, "repeated", 0) for record in passed] == [0, 2, 2, 0]
+
+
+def test_other_messages_are_not_held_back_and_do_not_fill_the_memory():
+    seldom = OnceInAWhile(10)
+    assert all(seldom.filter(made(0, f"node {number}")) for number in range(5_000))
+    assert len(seldom._seen) <= 1_000
+
+
+def made(at, text="away"):
+    record = logging.makeLogRecord({"name": "aiokafka", "levelno": logging.ERROR, "msg": text})
+    record.created = at
+    return record
