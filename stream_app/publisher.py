@@ -43,6 +43,7 @@ class Publisher:
         self._producer = AIOKafkaProducer(**connection, acks="all", enable_idempotence=True, **limits)
         self._dead_letter_producer = AIOKafkaProducer(**connection, acks="all", **limits)
         self._partitions: dict[str, int] = {}
+        self._kafka = f"Kafka at {','.join(connection['bootstrap_servers'])}"
         self._timeout_seconds = connection["request_timeout_ms"] / 1000
 
     async def start(self, topics: Iterable[str]) -> None:
@@ -61,8 +62,12 @@ class Publisher:
                     await producer.client.set_topics(topics)
                 for topic in topics:
                     self._partitions[topic] = len(await self._producer.partitions_for(topic))
-        except (TimeoutError, KafkaError) as error:
-            raise BrokerUnavailable(f"Kafka did not let the producer in: {error!r}") from None
+        except TimeoutError:
+            raise BrokerUnavailable(
+                f"{self._kafka} did not answer within {self._timeout_seconds:g} s; is it up?"
+            ) from None
+        except KafkaError as error:
+            raise BrokerUnavailable(f"{self._kafka} did not let the producer in: {error!r}; may it write?") from None
 
     async def stop(self) -> None:
         """Disconnect; what is not acknowledged by then may be lost."""

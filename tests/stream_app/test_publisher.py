@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 import schemas
-from stream_app.errors import WorkerError
+from stream_app.errors import BrokerUnavailable, WorkerError
 from stream_app.messages import DeadLetter
 from stream_app.micro_batch import KeyValue
 from stream_app.publisher import BATCH_BYTES, Publisher, acknowledged
@@ -199,3 +199,12 @@ async def test_an_acknowledgement_that_does_not_come_is_given_up_at_the_deadline
     never = asyncio.get_running_loop().create_future()
     with pytest.raises(WorkerError, match=r"did not acknowledge the changelog within 0\.01 seconds"):
         await acknowledged([never], "the changelog", 0.01)
+
+
+async def test_a_kafka_that_falls_silent_during_the_start_is_named(silent_port):
+    publisher = Publisher(Settings(broker=f"127.0.0.1:{silent_port}", broker_timeout_seconds=1).kafka_client())
+    try:
+        with pytest.raises(BrokerUnavailable, match=rf"Kafka at 127\.0\.0\.1:{silent_port} did not answer within 1 s"):
+            await publisher.start(["topic"])
+    finally:
+        await publisher.stop()
