@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import orjson
 
 from lrurec.errors import LRURecError
 from lrurec.standard_streams import guard_standard_streams
@@ -91,6 +92,19 @@ class _Rate(click.FloatRange):
         if not math.isfinite(rate):
             self.fail(f"{value} is not a finite number above 0.", param, ctx)
         return rate
+
+
+class _Share(click.FloatRange):
+    """Above 0, at most 1."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, max=1, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        share: float = super().convert(value, param, ctx)
+        if math.isnan(share):
+            self.fail(f"{value} is not in the range 0<x<=1.", param, ctx)
+        return share
 
 
 def _settings_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -234,6 +248,44 @@ def worker(settings: Settings) -> None:
     from stream_app.worker import run_worker
 
     run_worker(settings)
+
+
+@main.command(epilog="stream-app verify --model BUNDLE --json")
+@click.option("--sample", type=_Share(), default=1.0, show_default=True, help="Share of the users to verify.")
+@click.option("--json", "as_json", is_flag=True, help="The counts as one JSON object.")
+@_settings_options(
+    "broker",
+    "model",
+    "app_id",
+    "clicks_topic",
+    "recommendations_topic",
+    "dead_letter_topic",
+    "partitions",
+    "top_k",
+    "exclude_seen",
+    "recent_items",
+    "publish",
+    "max_click_bytes",
+    *_CONNECTION,
+)
+def verify(sample: float, as_json: bool, settings: Settings) -> None:
+    """Prove that the states and recommendations in Kafka are what the clicks alone give. Exit code 1 if not.
+
+    Reads the clicks up to the group's committed offsets, computes every user's state by the model's parallel form, and
+    compares it with the changelog, with the recommendations and with the dead letters. Workers may run meanwhile. Takes
+    the settings that the worker has; needs room for the topics in the temporary folder (TMPDIR).
+    """
+    import torch
+
+    from stream_app.verify.verify import verify as verify_topics_hold
+
+    torch.set_num_threads(1)  # the products are small: on busy cores more threads only wait for each other
+    _tell_misspelt()
+    _silence_clients()
+    report = asyncio.run(verify_topics_hold(settings, sample, _tell))
+    click.echo(orjson.dumps(report.as_json()).decode() if as_json else report.as_text())
+    if not report.clean:
+        sys.exit(_ERROR)
 
 
 @main.command(epilog="stream-app demo                  # until Ctrl-C\nstream-app demo --clicks 5000")
