@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import faust
@@ -23,7 +24,7 @@ from stream_app.pipeline import Pipeline, Topics
 from stream_app.publisher import Publisher
 from stream_app.record_batches import RecordBatchConsumer, RecordBatchSchema, RecordBatchTransport
 from stream_app.settings import Settings
-from stream_app.state_table import UserStateTable, user_state_table
+from stream_app.state_table import StoreOptions, UserStateTable, user_state_table
 from stream_app.topics import FoundTopic
 
 #: Events that may wait in Faust's queue. The transport's own limit, in clicks, is far below, so that Faust never finds
@@ -80,8 +81,9 @@ def build_parts(settings: Settings, topics: Mapping[str, FoundTopic]) -> Parts:
         only_latest=settings.publish == "latest",
     )
     app = build_app(settings)
-    table = user_state_table(app, layout, changelog_id, settings.state_cache_mb << 20)
     publisher = Publisher(settings.kafka_client(), _largest_batch(settings, topics))
+    append = partial(publisher.append, settings.changelog_topic)
+    table = user_state_table(app, StoreOptions(layout, changelog_id, append, settings.state_cache_mb << 20))
     metrics = Metrics()
     pipeline = Pipeline(
         batcher,

@@ -29,5 +29,13 @@ class StateError(StreamAppError):
     """A stored user state was written by another model, layout or version."""
 
 
+def foreign_record(partition: int, offset: int) -> StateError:
+    """Somebody else has written to a partition of the changelog that this worker holds."""
+    return StateError(
+        f"partition {partition} of the changelog holds a record at offset {offset} that this worker did not write: "
+        "it or another one was frozen past its session and woke up; start it again: it restores every newest state"
+    )
+
+
 class WorkerError(StreamAppError):
     """The worker can't start, or stopped because going on would lose or double something."""

@@ -25,7 +25,7 @@ from faust.types import EventT
 
 from stream_app.metrics import Metrics
 from stream_app.micro_batch import KeyValue, MicroBatcher, Outbox
-from stream_app.publisher import Batch, Publisher, acknowledged
+from stream_app.publisher import Batch, Publisher, acknowledged, offsets_of
 from stream_app.record_batches import records_of
 from stream_app.state_table import UserStateStore
 
@@ -199,7 +199,7 @@ class Pipeline:
         offsets = {}
         for partition, futures in batch.changelog_in_flight.items():
             answers = await acknowledged(futures, "the changelog of user states", self._timeout_seconds)
-            offsets[partition] = answers[-1].offset + batch.changelog[partition][-1].records.record_count() - 1
+            offsets[partition] = offsets_of(batch.changelog[partition], answers)
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._disk_thread, self._write, batch.outbox.states, offsets)
         self._unpersisted.persisted = batch.number
@@ -207,9 +207,9 @@ class Pipeline:
             event.ack()
         self._metrics.count(batch.outbox, time.monotonic() - batch.started)
 
-    def _write(self, states: dict[int, list[KeyValue]], changelog_offsets: dict[int, int]) -> None:
+    def _write(self, states: dict[int, list[KeyValue]], changelog_offsets: dict[int, range]) -> None:
         for partition, rows in states.items():
-            self._store.persist(partition, rows, changelog_offsets[partition])
+            self._store.persist_appended(partition, rows, changelog_offsets[partition])
 
 
 class _UnpersistedStates:

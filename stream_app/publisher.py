@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 from aiokafka.producer.message_accumulator import BatchBuilder
 
-from stream_app.errors import BrokerUnavailable, WorkerError
+from stream_app.errors import BrokerUnavailable, WorkerError, foreign_record
 from stream_app.messages import DeadLetter
 from stream_app.micro_batch import KeyValue
 from stream_app.partitioner import partitions_of
@@ -84,7 +85,7 @@ class Publisher:
             batch for partition, rows in by_partition.items() for batch in self.pack_for(partition, rows, timestamp_ms)
         ]
 
-    def pack_for(self, partition: int, records: Iterable[KeyValue], timestamp_ms: int) -> list[Batch]:
+    def pack_for(self, partition: int, records: Iterable[tuple[bytes, bytes]], timestamp_ms: int) -> list[Batch]:
         """The same for one given partition."""
         batches = [Batch(partition, self._producer.create_batch())]
         for key, value in records:
@@ -104,6 +105,17 @@ class Publisher:
             return [await self._producer.send_batch(b.records, topic, partition=b.partition) for b in batches]
         except KafkaError as error:
             raise WorkerError(f"Kafka takes no more records for {topic}: {error!r}") from None
+
+    async def append(self, topic: str, partition: int, records: Sequence[tuple[bytes, bytes]]) -> range:
+        """Write records to one partition and wait until Kafka has acknowledged them; the offsets that hold them.
+
+        Raises:
+            WorkerError: they were refused, or not acknowledged in time.
+            StateError: somebody else wrote in between.
+        """
+        batches = self.pack_for(partition, records, time.time_ns() // 1_000_000)
+        sent = await self.send(topic, batches)
+        return offsets_of(batches, await acknowledged(sent, f"records for {topic}", self._timeout_seconds))
 
     async def send_dead_letters(self, topic: str, letters: Sequence[DeadLetter]) -> list[asyncio.Future[Any]]:
         """Hand dead letters over; the futures resolve when Kafka has acknowledged them."""
@@ -129,6 +141,20 @@ class Publisher:
         batch.close()
         [partition] = partitions_of([letter.key or b""], self._partitions[topic]).tolist()
         await (await self._dead_letter_producer.send_batch(batch, topic, partition=partition))
+
+
+def offsets_of(batches: Sequence[Batch], answers: Sequence[Any]) -> range:
+    """The offsets that hold the records of batches for one partition of the changelog, by the broker's answers.
+
+    Raises:
+        StateError: they don't follow each other: somebody else wrote in between.
+    """
+    first = following = answers[0].offset
+    for batch, answer in zip(batches, answers, strict=True):
+        if answer.offset != following:
+            raise foreign_record(batch.partition, following)
+        following = answer.offset + batch.records.record_count()
+    return range(first, following)
 
 
 async def acknowledged(futures: Sequence[asyncio.Future[Any]], what: str, timeout_seconds: float) -> list[Any]:

@@ -3,19 +3,26 @@
 One database a partition, opened when the partition is assigned and closed when it is revoked; a partition that isn't
 assigned can't be read or written. A state and the changelog offset that it came from are written in one batch, so a
 database always equals some prefix of its changelog, whatever was killed.
+
+A worker that was frozen past its session may wake up and append old states behind its successor's. Two things make that
+harmless. The successor notices that its own records don't follow each other, and ends before it relies on them. And
+whoever restores sees that the newest state of a user is not his last one in the log, and appends it once more, before
+compaction can leave the old one alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import shutil
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import faust
 import rocksdict
@@ -24,7 +31,7 @@ from faust.tables.table import Table
 from faust.types import TP, AppT, CollectionT, EventT
 
 from lrurec.user_state import StateLayout, UserStateError
-from stream_app.errors import StateError
+from stream_app.errors import StateError, foreign_record
 from stream_app.record_batches import RecordBatchSchema, records_of
 from stream_app.topic_metadata import NO_ID
 
@@ -35,6 +42,7 @@ logger = logging.getLogger("stream_app.local_state")
 _CHANGELOG_OFFSET = b"\xff\xffchangelog-offset"
 _LAYOUT = b"\xff\xfflayout"
 _CHANGELOG_ID = b"\xff\xffid-of-changelog"
+_OVERTAKEN = b"\xff\xffovertaken\xff"  # before a user's key: an older state of his is the last one in the changelog
 
 # What RocksDB says where another process, or this one, has the database open.
 _IN_USE = re.compile("While lock file|lock hold by current process")
@@ -47,36 +55,47 @@ _OFFSET = struct.Struct("<q")
 #: A key and the packed state to store under it.
 Row = tuple[bytes, bytes]
 
+#: (partition, rows) → the changelog offsets that hold them, acknowledged.
+AppendToChangelog = Callable[[int, Sequence[Row]], Awaitable[range]]
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """What a store of user states needs to know.
+
+    Args:
+        layout: every stored state has this layout; a local database with another one is set aside and rebuilt.
+        changelog_id: Kafka's id of the changelog topic; a local database of another changelog is refused.
+        append: writes to the changelog.
+        cache_bytes: block cache, shared by all partitions.
+
+    """
+
+    layout: StateLayout
+    changelog_id: bytes
+    append: AppendToChangelog
+    cache_bytes: int
+
 
 class UserStateStore(SerializedStore):
-    """RocksDB behind Faust's store contract, plus `load` and `persist`, which the pipeline uses from its threads.
+    """RocksDB behind Faust's store contract, plus what the pipeline uses from its threads.
 
     Args:
         url: Faust's, unused.
         app: the Faust app; `conf.tabledir` says where the databases lie.
         table: the table that this is the store of.
-        layout: every stored state has this layout; a local database with another one is set aside and rebuilt.
-        changelog_id: Kafka's id of the changelog topic; a local database of another changelog is refused.
-        cache_bytes: block cache, shared by all partitions.
+        options: see there.
 
     """
 
-    def __init__(
-        self,
-        url: str,
-        app: AppT,
-        table: CollectionT,
-        *,
-        layout: StateLayout,
-        changelog_id: bytes,
-        cache_bytes: int,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, url: str, app: AppT, table: CollectionT, *, options: StoreOptions, **kwargs: Any) -> None:
         super().__init__(url, app, table, **kwargs)
-        self.layout = layout
-        self._changelog_id = changelog_id
-        self._identity = layout.header + struct.pack("<q", layout.dtype.itemsize)
-        self._cache = rocksdict.Cache(cache_bytes)
+        self.layout = options.layout
+        self._changelog_id = options.changelog_id
+        self._append = options.append
+        self._overtaken: dict[int, frozenset[bytes]] = {}
+        self._identity = self.layout.header + struct.pack("<q", self.layout.dtype.itemsize)
+        self._cache = rocksdict.Cache(options.cache_bytes)
         self._databases: dict[int, rocksdict.Rdict] = {}
         self.restored = 0  # changelog records applied so far: a recovery that goes on is seen by it
 
@@ -97,12 +116,18 @@ class UserStateStore(SerializedStore):
         Raises:
             StateError: the partition is not assigned to this worker, or its database is damaged or can't be used.
         """
-        batch = rocksdict.WriteBatch(raw_mode=True)
-        for key, state in rows:
-            batch.put(key, state)
-        batch.put(_CHANGELOG_OFFSET, _OFFSET.pack(changelog_offset))
-        with self._disk_errors_explained(partition):
-            self._database(partition).write(batch)
+        self._write(partition, rows, changelog_offset, self._overtaken.get(partition, frozenset()))
+
+    def persist_appended(self, partition: int, rows: Iterable[Row], offsets: range) -> None:
+        """Write states that this worker has appended to the changelog, where these offsets hold them. Blocks.
+
+        Raises:
+            StateError: as for `persist`; or somebody else has written to the changelog since the last time.
+        """
+        last = self.persisted_offset(TP("", partition))
+        if last is not None and offsets.start != last + 1:
+            raise foreign_record(partition, last + 1)
+        self.persist(partition, rows, offsets[-1])
 
     # -- what Faust uses
 
@@ -125,11 +150,12 @@ class UserStateStore(SerializedStore):
         """
         try:
             for event in batch:
-                records = records_of(event)
+                partition, records = event.message.partition, records_of(event)
                 keys = list({record.key: None for record in records if record.key is not None})
-                stored = dict(zip(keys, self.load(event.message.partition, keys), strict=True))
-                rows = restore_rows(((r.key, r.value) for r in records), stored, self.layout)
-                self.persist(event.message.partition, rows, event.message.offset)
+                stored = dict(zip(keys, self.load(partition, keys), strict=True))
+                overtaken = self._overtaken[partition]
+                restored = restore_rows(((r.key, r.value) for r in records), stored, overtaken, self.layout)
+                self._write(partition, restored.rows, event.message.offset, restored.overtaken)
                 self.restored += len(records)
         except Exception as error:
             folder = self._folder()
@@ -146,6 +172,29 @@ class UserStateStore(SerializedStore):
             self._close(partition)
         for partition in ours - self._databases.keys():
             self._databases[partition] = self._open(partition)
+
+    async def on_recovery_completed(self, active_tps: set[TP], standby_tps: set[TP]) -> None:
+        """Append once more the states that are not the last of their users in the changelog.
+
+        Faust passes over what is raised in here, so the worker is ended instead.
+        """
+        try:
+            for partition in [partition for partition, keys in self._overtaken.items() if keys]:
+                await self._append_again(partition)
+        except Exception as error:
+            await self.app.crash(error)
+            raise
+
+    async def _append_again(self, partition: int) -> None:
+        keys = sorted(self._overtaken[partition])
+        rows = [(key, state) for key, state in zip(keys, self.load(partition, keys), strict=True) if state is not None]
+        offsets = await self._append(partition, rows)
+        self.persist_appended(partition, rows, offsets)
+        self._write(partition, (), offsets[-1], frozenset())
+        logger.warning(
+            "an older state was the last in the changelog: the newest is appended once more",
+            extra={"data": {"partition": partition, "users": len(rows)}},
+        )
 
     async def stop(self) -> None:
         """Close every database."""
@@ -210,12 +259,27 @@ class UserStateStore(SerializedStore):
         except KeyError:
             raise StateError(f"partition {partition} of {self.table_name} is not assigned to this worker") from None
 
+    def _write(self, partition: int, rows: Iterable[Row], offset: int, overtaken: frozenset[bytes]) -> None:
+        batch = rocksdict.WriteBatch(raw_mode=True)
+        for key, state in rows:
+            batch.put(key, state)
+        batch.put(_CHANGELOG_OFFSET, _OFFSET.pack(offset))
+        before = self._overtaken.get(partition, frozenset())
+        for key in overtaken - before:
+            batch.put(_OVERTAKEN + key, b"")
+        for key in before - overtaken:
+            batch.delete(_OVERTAKEN + key)
+        with self._disk_errors_explained(partition):
+            self._database(partition).write(batch)
+        self._overtaken[partition] = overtaken
+
     def _open(self, partition: int) -> rocksdict.Rdict:
         path = self._folder() / str(partition)
         database = None
         try:
             database = rocksdict.Rdict(str(path), options=self._options())
             layout, changelog = database.get(_LAYOUT), database.get(_CHANGELOG_ID)
+            self._overtaken[partition] = _overtaken_in(database)
         except Exception as error:  # noqa: BLE001  (rocksdict raises bare Exception for every damage)
             if database is not None:
                 database.close()
@@ -240,6 +304,7 @@ class UserStateStore(SerializedStore):
         return database
 
     def _close(self, partition: int) -> None:
+        self._overtaken.pop(partition, None)
         try:
             self._databases.pop(partition).close()
         except Exception as error:  # noqa: BLE001  (what a bad disk did not take is in the changelog)
@@ -272,6 +337,7 @@ class UserStateStore(SerializedStore):
             aside = _set_aside(path)
             database = rocksdict.Rdict(str(path), options=self._options())
             self._label(database)
+            self._overtaken[partition] = frozenset()
         except Exception as error:  # noqa: BLE001
             raise StateError(f"the state folder {path} can't be used: {reason}; {error}") from None
         logger.warning(
@@ -300,10 +366,8 @@ class UserStateStore(SerializedStore):
 class UserStateTable(Table):
     """`user_state`: user id in UTF-8 → packed state, one database a partition."""
 
-    def __init__(self, app: AppT, *, layout: StateLayout, changelog_id: bytes, cache_bytes: int, **kwargs: Any) -> None:
-        self._layout = layout
-        self._changelog_id = changelog_id
-        self._cache_bytes = cache_bytes
+    def __init__(self, app: AppT, options: StoreOptions, **kwargs: Any) -> None:
+        self._store_options = options
         super().__init__(
             app,
             name="user_state",
@@ -319,9 +383,7 @@ class UserStateTable(Table):
             "user-states://",
             self.app,
             self,
-            layout=self._layout,
-            changelog_id=self._changelog_id,
-            cache_bytes=self._cache_bytes,
+            options=self._store_options,
             table_name=self.name,
             key_type=bytes,
             value_type=bytes,
@@ -350,18 +412,33 @@ def _unusable(path: Path, error: Exception) -> StateError:
     )
 
 
-def restore_rows(
-    records: Iterable[tuple[bytes | None, bytes | None]], stored: dict[bytes, bytes | None], layout: StateLayout
-) -> list[Row]:
-    """The rows that changelog records leave behind, given what is stored: per user the highest source offset wins.
+def _overtaken_in(database: rocksdict.Rdict) -> frozenset[bytes]:
+    after = cast("Iterable[bytes]", database.keys(from_key=_OVERTAKEN))
+    keys = itertools.takewhile(lambda key: key.startswith(_OVERTAKEN), after)
+    return frozenset(key.removeprefix(_OVERTAKEN) for key in keys)
 
-    The order of the log is not enough: a worker that was paused past its session may append an old state after the new
-    owner's. Pure.
+
+class Restored(NamedTuple):
+    """What changelog records leave behind."""
+
+    rows: list[Row]
+    overtaken: frozenset[bytes]
+    """Users whose last record in the log, so far, is older than their newest state."""
+
+
+def restore_rows(
+    records: Iterable[tuple[bytes | None, bytes | None]],
+    stored: dict[bytes, bytes | None],
+    overtaken: frozenset[bytes],
+    layout: StateLayout,
+) -> Restored:
+    """Changelog records, on top of what is stored: per user the highest source offset wins, whatever the order. Pure.
 
     Raises:
         StateError: a record is no state of this layout.
     """
     newest: dict[bytes, bytes] = {}
+    behind = set(overtaken)
     place = layout.dtype.fields["source_offset"][1] if layout.dtype.fields else 0
 
     def offset_of(state: bytes) -> int:
@@ -375,7 +452,10 @@ def restore_rows(
         known = newest.get(key) or stored.get(key)
         if known is None or offset_of(state) >= offset_of(known):
             newest[key] = state
-    return list(newest.items())
+            behind.discard(key)
+        else:
+            behind.add(key)
+    return Restored(list(newest.items()), frozenset(behind))
 
 
 def _foreign_state(state: bytes, layout: StateLayout) -> str:
@@ -386,7 +466,6 @@ def _foreign_state(state: bytes, layout: StateLayout) -> str:
     raise AssertionError("a state that can be unpacked fits the layout")
 
 
-def user_state_table(app: faust.App, layout: StateLayout, changelog_id: bytes, cache_bytes: int) -> UserStateTable:
+def user_state_table(app: faust.App, options: StoreOptions) -> UserStateTable:
     """The table, registered with the app."""
-    table = UserStateTable(app, layout=layout, changelog_id=changelog_id, cache_bytes=cache_bytes)
-    return cast("UserStateTable", app.tables.add(table))
+    return cast("UserStateTable", app.tables.add(UserStateTable(app, options)))

@@ -108,9 +108,9 @@ class Journal:
     def load(self, partition: int, keys: Sequence[bytes]) -> list[bytes | None]:
         return [None] * len(keys)
 
-    def persist(self, partition: int, rows: Sequence[KeyValue], changelog_offset: int) -> None:
+    def persist_appended(self, partition: int, rows: Sequence[KeyValue], offsets: range) -> None:
         names = "+".join(row.value.decode() for row in rows)
-        self.steps.append(f"disk {names} up to {changelog_offset}")
+        self.steps.append(f"disk {names} up to {offsets[-1]}")
 
     # as events and the computation
     def event(self, *records: str) -> Any:

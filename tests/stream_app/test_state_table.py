@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from lrurec.user_state import StateLayout
 from stream_app.errors import StateError
-from stream_app.state_table import UserStateStore, restore_rows, user_state_table
+from stream_app.state_table import StoreOptions, UserStateStore, restore_rows, user_state_table
 from stream_app.topic_metadata import NO_ID
 
 LAYOUT = StateLayout("0123456789abcdef", blocks=1, channels=2, recent_capacity=3)
@@ -40,9 +40,15 @@ def state(source_offset: int, clicks: int = 0, layout: StateLayout = LAYOUT) -> 
     return row.tobytes()
 
 
-def make_store(folder: Path, layout: StateLayout = LAYOUT, changelog_id: bytes = CHANGELOG_ID) -> UserStateStore:
+async def no_changelog(partition, rows):
+    raise AssertionError("nothing is to be appended")
+
+
+def make_store(
+    folder: Path, layout: StateLayout = LAYOUT, changelog_id: bytes = CHANGELOG_ID, append=no_changelog
+) -> UserStateStore:
     app = faust.App("app", broker="kafka://", datadir=str(folder), web_enabled=False, topic_partitions=3)
-    return user_state_table(app, layout, changelog_id, CACHE_BYTES).store
+    return user_state_table(app, StoreOptions(layout, changelog_id, append, CACHE_BYTES)).store
 
 
 async def assign(store: UserStateStore, *partitions: int) -> UserStateStore:
@@ -489,34 +495,37 @@ states_of_users = st.lists(st.tuples(st.sampled_from([b"a", b"b", b"c"]), st.int
 @settings(max_examples=200)
 def test_the_highest_source_offset_of_a_user_wins_whatever_the_order(log, kept):
     stored = {key: state(offset, clicks=1000) for key, offset in kept}
-    rows = restore_rows([(key, state(offset, clicks)) for clicks, (key, offset) in enumerate(log)], stored, LAYOUT)
+    records = [(key, state(offset, clicks)) for clicks, (key, offset) in enumerate(log)]
+    rows, overtaken = restore_rows(records, stored, frozenset(), LAYOUT)
     assert len(dict(rows)) == len(rows)
     after = stored | dict(rows)
     for key in after:
         offsets = [offset for user, offset in log if user == key]
         mine = [LAYOUT.unpack([stored[key]])["source_offset"][0]] if key in stored else []
         assert LAYOUT.unpack([after[key]])["source_offset"][0] == max(offsets + mine)
+        assert (key in overtaken) == (bool(offsets) and offsets[-1] < max(offsets + mine))
 
 
 @given(states_of_users, st.data())
 @settings(max_examples=100)
 def test_restoring_does_not_depend_on_order_or_batches(log, data):
     rows = [(key, state(offset, clicks=offset)) for key, offset in log]  # one state an offset, as a changelog has it
-    whole = dict(restore_rows(rows, {}, LAYOUT))
+    whole = dict(restore_rows(rows, {}, frozenset(), LAYOUT).rows)
     stored, shuffled = {}, data.draw(st.permutations(rows))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=4)))
     for start, stop in itertools.pairwise([0, *cuts, len(rows)]):
-        stored |= dict(restore_rows(shuffled[start:stop], stored, LAYOUT))
+        stored |= dict(restore_rows(shuffled[start:stop], stored, frozenset(), LAYOUT).rows)
     assert stored == whole
 
 
 def test_of_two_states_with_one_source_offset_the_later_in_the_log_wins():
-    assert restore_rows([(b"a", state(5, 1)), (b"a", state(5, 2))], {}, LAYOUT) == [(b"a", state(5, 2))]
+    records = [(b"a", state(5, 1)), (b"a", state(5, 2))]
+    assert restore_rows(records, {}, frozenset(), LAYOUT) == ([(b"a", state(5, 2))], frozenset())
 
 
 def test_tombstones_and_records_without_a_key_are_passed_over():
     rows = [(b"a", state(1)), (b"a", None), (None, state(9)), (None, None)]
-    assert restore_rows(rows, {}, LAYOUT) == [(b"a", state(1))]
+    assert restore_rows(rows, {}, frozenset(), LAYOUT) == ([(b"a", state(1))], frozenset())
 
 
 @pytest.mark.parametrize(
@@ -533,7 +542,7 @@ def test_tombstones_and_records_without_a_key_are_passed_over():
 )
 def test_a_foreign_state_in_the_changelog_is_refused_with_what_to_do(foreign, difference):
     with pytest.raises(StateError, match=difference) as error:
-        restore_rows([(b"a", state(1)), (b"b", foreign)], {}, LAYOUT)
+        restore_rows([(b"a", state(1)), (b"b", foreign)], {}, frozenset(), LAYOUT)
     assert "a new STREAM_APP_APP_ID begins with new states" in str(error.value)
 
 
@@ -557,6 +566,80 @@ async def test_a_foreign_state_in_the_changelog_crashes_the_app_and_restores_not
     await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
     assert isinstance(store.app.crash_reason, StateError)
     assert read_all(store) == ({}, None)
+
+
+# -- old states that come late
+
+
+class Changelog:
+    """The rows appended to it, at the offsets where it says that they are."""
+
+    def __init__(self, end: int):
+        self.end, self.appended = end, []
+
+    async def append(self, partition, rows):
+        self.appended.append((partition, rows))
+        self.end += len(rows)
+        return range(self.end - len(rows), self.end)
+
+
+async def test_a_newest_state_that_is_not_the_last_in_the_log_is_appended_once_more(tmp_path):
+    changelog = Changelog(end=44)
+    store = await assign(make_store(tmp_path, append=changelog.append), 0)
+    restore(store, changelog_event(store, [(b"a", state(8)), (b"b", state(9)), (b"c", state(5))], 41))
+    restore(store, changelog_event(store, [(b"b", state(3)), (b"a", state(7))], 43))
+    await store.on_recovery_completed({TP(CHANGELOG, 0)}, set())
+    assert changelog.appended == [(0, [(b"a", state(8)), (b"b", state(9))])]
+    assert read_all(store) == ({b"a": state(8), b"b": state(9), b"c": state(5)}, 45)
+    await store.on_recovery_completed({TP(CHANGELOG, 0)}, set())
+    assert len(changelog.appended) == 1
+    await store.stop()
+
+
+async def test_a_kill_before_that_leaves_it_to_the_next_start(store, tmp_path):
+    restore(store, changelog_event(store, [(b"a", state(8)), (b"a", state(7))], 43))
+    await store.stop()
+    changelog = Changelog(end=44)
+    again = await assign(make_store(tmp_path, append=changelog.append), 0)
+    await again.on_recovery_completed({TP(CHANGELOG, 0)}, set())
+    assert changelog.appended == [(0, [(b"a", state(8))])]
+    assert read_all(again) == ({b"a": state(8)}, 44)
+    await again.stop()
+    assert await read_and_stop_overtaken(tmp_path) == frozenset()
+
+
+async def read_and_stop_overtaken(folder):
+    store = await assign_in(folder)
+    overtaken = store._overtaken[0]
+    await store.stop()
+    return overtaken
+
+
+async def test_a_newer_state_behind_an_old_one_leaves_nothing_to_mend(store):
+    restore(store, changelog_event(store, [(b"a", state(8)), (b"a", state(7))], 41))
+    restore(store, changelog_event(store, [(b"a", state(8))], 42))
+    await store.on_recovery_completed({TP(CHANGELOG, 0)}, set())
+    assert read_all(store) == ({b"a": state(8)}, 42)
+
+
+async def test_a_record_of_somebody_else_between_ones_own_is_noticed_and_nothing_written(store):
+    store.persist_appended(0, [(b"a", state(1))], range(4))
+    store.persist_appended(0, [(b"a", state(2))], range(4, 6))
+    with pytest.raises(StateError, match=r"holds a record at offset 6 that this worker did not write.*start it again"):
+        store.persist_appended(0, [(b"a", state(3))], range(7, 8))
+    assert read_all(store) == ({b"a": state(2)}, 5)
+
+
+async def test_a_failure_to_append_ends_the_worker(tmp_path):
+    async def refuse(partition, rows):
+        raise StateError("refused")
+
+    store = await assign(make_store(tmp_path, append=refuse), 0)
+    restore(store, changelog_event(store, [(b"a", state(8)), (b"a", state(7))], 43))
+    with pytest.raises(StateError, match="refused"):
+        await store.on_recovery_completed({TP(CHANGELOG, 0)}, set())
+    assert isinstance(store.app.crash_reason, StateError)
+    await store.stop()
 
 
 # -- as a mapping, for people

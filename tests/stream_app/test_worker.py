@@ -23,6 +23,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from lrurec.bundle import Bundle, load_bundle, save_bundle
 from lrurec.convert import convert
 from stream_app.dev.kafka.broker import LocalBroker
+from stream_app.verify.stored_state import read_state
 from tests.stream_app.live import (
     Site,
     WorkerProcess,
@@ -400,6 +401,40 @@ def test_states_of_another_model_are_refused_not_mixed(site: Site, tmp_path: Pat
         assert worker.process.wait(40) == 1
         assert "channels 128 (here 32)" in worker.tail()
         assert "STREAM_APP_APP_ID" in worker.tail()
+
+
+@pytest.mark.parametrize("disk", ["kept", "lost"])
+async def test_an_old_state_that_comes_late_is_noticed_and_the_newest_appended_behind_it(
+    bootstrap: str, unique_name: Callable[[str], str], bundle_folder: Path, bundle: Bundle, tmp_path: Path, disk: str
+) -> None:
+    site = Site(bootstrap, unique_name("app"), bundle_folder, tmp_path, partitions=1)
+    site.create_topics()
+    clicks = [("overtaken", str(number)) for number in range(1, 30)] + [("another", "7")]
+    records = [click(user, item) for user, item in clicks]
+    with WorkerProcess(site) as worker:
+        await produce(site, records[:10])
+        await recommendations_for(site, 10)
+        old = (await read_topic(site, site.changelog))[-1]
+        await produce(site, records[10:29])
+        await recommendations_for(site, 29)
+        async with producer(site) as zombie:  # as a worker would that was frozen after its tenth click
+            await zombie.send_and_wait(site.changelog, old.value, old.key, old.partition)
+        await produce(site, records[29:])
+        assert worker.process.wait(30) == 1
+        assert "holds a record at offset" in worker.tail()
+    if disk == "lost":
+        shutil.rmtree(site.folder / "state")
+    with WorkerProcess(site, "again") as worker:
+        worker.wait_ready()
+        assert_exact(await recommendations_for(site, len(clicks)), clicks, bundle)
+        assert worker.terminate() == 0, worker.tail()
+    assert "the newest is appended once more" in worker.log.read_text()
+    verified = run_command(["verify"], site.environment())
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    compacted = {record.key: record.value for record in await read_topic(site, site.changelog)}
+    kept = read_state(compacted[b"overtaken"])
+    assert kept is not None
+    assert kept.clicks == 29  # what compaction leaves
 
 
 @pytest.mark.parametrize("disk", ["kept", "lost"])
