@@ -15,6 +15,7 @@ from yarl import URL
 
 from lrurec.bundle import Bundle, load_bundle
 from lrurec.serving import build_engine, state_layout
+from lrurec.user_state import StateLayout
 from stream_app.errors import SettingsError
 from stream_app.health import HealthServer
 from stream_app.messages import ClickLimits, RecommendationEncoder
@@ -30,6 +31,9 @@ from stream_app.topics import FoundTopic
 #: Events that may wait in Faust's queue. The transport's own limit, in clicks, is far below, so that Faust never finds
 #: it full: it would stop polling for a second.
 _QUEUE = 65_536
+
+#: An upper bound of what Kafka adds to the key and the value of a record that is alone in its batch.
+_RECORD_BYTES = 128
 
 #: Seconds after which a member notices partitions that Kafka did not tell of while the group was formed.
 _METADATA_SECONDS = 10
@@ -77,7 +81,7 @@ def build_parts(settings: Settings, topics: Mapping[str, FoundTopic]) -> Parts:
         engine,
         item_rows={item_id: row for row, item_id in enumerate(ids) if row},
         encoder=encoder,
-        limits=_limits(settings, encoder, topics),
+        limits=_limits(settings, encoder, layout, topics),
         only_latest=settings.publish == "latest",
     )
     app = build_app(settings)
@@ -105,22 +109,28 @@ def _largest_batch(settings: Settings, topics: Mapping[str, FoundTopic]) -> int:
     return min(topics[name].max_message_bytes for name in (settings.recommendations_topic, settings.changelog_topic))
 
 
-def _limits(settings: Settings, encoder: RecommendationEncoder, topics: Mapping[str, FoundTopic]) -> ClickLimits:
+def _limits(
+    settings: Settings, encoder: RecommendationEncoder, layout: StateLayout, topics: Mapping[str, FoundTopic]
+) -> ClickLimits:
     """What a click may hold, so that Kafka takes the recommendation and the state that it leads to.
 
     Raises:
-        SettingsError: the longest list leaves no room for a user_id.
+        SettingsError: the longest list, or a state, leaves no room for a user_id.
     """
     room = _largest_batch(settings, topics)
-    needed = encoder.most_bytes(settings.top_k, settings.clicks_topic)
-    if needed > room // 2:
-        raise SettingsError(
-            f"STREAM_APP_TOP_K={settings.top_k} is not allowed here: with this model's longest item ids a "
-            f"recommendation may take {needed:,} bytes, more than half of the {room:,} that topics "
-            f"{settings.recommendations_topic} and {settings.changelog_topic} take; lower it, or raise "
-            "max.message.bytes of both"
-        )
-    return ClickLimits(settings.max_click_bytes, room - needed)
+    needed = {
+        "TOP_K": encoder.most_bytes(settings.top_k, settings.clicks_topic),
+        "RECENT_ITEMS": layout.dtype.itemsize + _RECORD_BYTES,
+    }
+    for name, most in needed.items():
+        if most > room // 2:
+            raise SettingsError(
+                f"STREAM_APP_{name}={getattr(settings, name.lower())} is not allowed here: with this model a record "
+                f"may take {most:,} bytes without its user_id, more than half of the {room:,} that topics "
+                f"{settings.recommendations_topic} and {settings.changelog_topic} take; lower it, or raise "
+                "max.message.bytes of both"
+            )
+    return ClickLimits(settings.max_click_bytes, room - max(needed.values()))
 
 
 def build_app(settings: Settings) -> faust.App:

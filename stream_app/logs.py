@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import time
+from collections.abc import Callable
 
 import structlog
 
@@ -23,21 +25,23 @@ _MESSAGES = 1_000
 class OnceInAWhile(logging.Filter):
     """Lets a library's message through once in `seconds`, the next time with how often it was `repeated` meanwhile."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._seconds = seconds
+        self._clock = clock
         self._seen: dict[tuple[str, int, str], tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to log this one. The text before its arguments are filled in tells messages apart."""
         message = (record.name, record.levelno, str(record.msg))
+        now = self._clock()
         last, held_back = self._seen.get(message, (-math.inf, 0))
-        if record.created - last < self._seconds:
+        if now - last < self._seconds:
             self._seen[message] = last, held_back + 1
             return False
         if len(self._seen) >= _MESSAGES:
             self._seen.clear()
-        self._seen[message] = record.created, 0
+        self._seen[message] = now, 0
         if held_back:
             record.repeated = held_back
         return True
@@ -73,5 +77,12 @@ def configure_logging(settings: Settings) -> None:
 def _renderers(log_format: str) -> list[structlog.typing.Processor]:
     start = structlog.stdlib.ProcessorFormatter.remove_processors_meta
     if log_format == "console":
-        return [start, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
-    return [start, structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        return [
+            start,
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            ),
+        ]
+    # Without the frames' variables: a client's hold the password.
+    traceback = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+    return [start, structlog.processors.ExceptionRenderer(traceback), structlog.processors.JSONRenderer()]

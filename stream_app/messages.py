@@ -12,6 +12,9 @@ from jaxtyping import Float32, Int32
 
 Header = tuple[str, bytes]
 
+#: How many headers, the last ones of a dead letter, are ours.
+REASON_HEADERS = 6
+
 # Upper bounds: of an item in a list without its id, and of all the other fields of a recommendation with their numbers.
 _ITEM_BYTES = 64
 _REST_BYTES = 1_024
@@ -162,7 +165,8 @@ def _dead_letter(record: Record, reason: str) -> DeadLetter:
     headers = [
         (f"__streams.errors.{name}", str(text).encode(errors="backslashreplace")) for name, text in origin.items()
     ]
-    return DeadLetter(record.key, record.value, [*record.headers, *headers, ("disposition", b"not-a-click")])
+    headers.append(("disposition", b"not-a-click"))
+    return DeadLetter(record.key, record.value, [*record.headers, *headers])
 
 
 class Source(NamedTuple):

@@ -12,12 +12,15 @@ from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from stream_app.errors import BrokerUnavailable, WorkerError, foreign_record
-from stream_app.messages import DeadLetter
+from stream_app.messages import REASON_HEADERS, DeadLetter, Header
 from stream_app.micro_batch import KeyValue
 from stream_app.partitioner import partitions_of
 
 #: Bytes of one record batch, at most; a topic may take less.
 BATCH_BYTES = 1_000_000
+
+#: Ends the name of a header that says what of a dead letter was too large for its topic; its value is the size.
+LEFT_OUT = "-left-out"
 
 
 class Batch(NamedTuple):
@@ -125,15 +128,16 @@ class Publisher:
         if letter.key is not None or letter.value is not None:  # `send` takes no record without both
             try:
                 await self._dead_letter_producer.send_and_wait(topic, letter.value, letter.key, headers=letter.headers)
-                return
+                return None
             except MessageSizeTooLargeError:
                 pass  # alone, or because of its neighbours in the batch
-        try:
-            await self._send_alone(topic, letter)
-        except MessageSizeTooLargeError:
-            # It fitted its own topic, but not this one with the reason added: keep the stream going and say so.
-            note = ("__streams.errors.value-left-out", str(len(letter.value or b"")).encode())
-            await self._send_alone(topic, letter._replace(value=None, headers=[*letter.headers, note]))
+        # It fitted its own topic, compressed or with a larger limit, but not this one. The stream goes on all the same.
+        for smaller in (letter, _without_value(letter), _without_content(letter)):
+            try:
+                return await self._send_alone(topic, smaller)
+            except MessageSizeTooLargeError:
+                continue
+        raise MessageSizeTooLargeError(f"not even the reason of a dead letter fits {topic}")
 
     async def _send_alone(self, topic: str, letter: DeadLetter) -> None:
         batch = self._dead_letter_producer.create_batch()
@@ -141,6 +145,22 @@ class Publisher:
         batch.close()
         [partition] = partitions_of([letter.key or b""], self._partitions[topic]).tolist()
         await (await self._dead_letter_producer.send_batch(batch, topic, partition=partition))
+
+
+def _without_value(letter: DeadLetter) -> DeadLetter:
+    return letter._replace(value=None, headers=[*letter.headers, _left_out("value", letter.value)])
+
+
+def _without_content(letter: DeadLetter) -> DeadLetter:
+    """The reason alone: where the record lies, in which topic, and what was wrong with it."""
+    own = letter.headers[:-REASON_HEADERS]
+    parts = {"key": letter.key, "value": letter.value, "headers": b"".join(n.encode() + (v or b"") for n, v in own)}
+    headers = [*letter.headers[-REASON_HEADERS:], *(_left_out(name, part) for name, part in parts.items())]
+    return DeadLetter(None, None, headers)
+
+
+def _left_out(name: str, part: bytes | None) -> Header:
+    return f"__streams.errors.{name}{LEFT_OUT}", str(len(part or b"")).encode()
 
 
 def offsets_of(batches: Sequence[Batch], answers: Sequence[Any]) -> range:

@@ -23,6 +23,9 @@ from faust.types.tuples import ConsumerMessage
 from stream_app.errors import WorkerError
 from stream_app.messages import Record
 
+#: Clicks that may be on their way through the worker, at least; for large micro-batches two of them.
+_LEAST_ROOM = 16_384
+
 
 class RecordBatchSchema(Schema):
     """Passes a batch's records on as they are: the agent and the table decode them in bulk."""
@@ -43,11 +46,10 @@ class RecordBatchConsumer(driver.Consumer):
     has cleared its queues and resumed the flow.
     """
 
-    #: A poll brings no more clicks while this many are delivered and not yet acknowledged.
-    max_unacknowledged = 16_384
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        #: A poll brings no more clicks while this many are delivered and not yet acknowledged.
+        self.max_unacknowledged = max(_LEAST_ROOM, 2 * (self.app.conf.broker_max_poll_records or 0))
         self._polling = asyncio.Lock()
         self._acknowledged = asyncio.Event()
         # Weak: what Faust drops from its queues at a rebalance leaves by itself.
@@ -194,7 +196,10 @@ class RecordBatchConsumer(driver.Consumer):
         """
 
     def lag(self) -> dict[int, int]:
-        """Source partition → records in the log that no commit has passed; left out while its end isn't known."""
+        """Source partition → offsets that no commit has passed; left out while the end of the log isn't known.
+
+        Before the first commit they are counted from 0.
+        """
         ends = {tp: self.highwater(tp) for tp in self.assignment() if not self._is_changelog_tp(tp)}
         return {
             tp.partition: max(0, end - (self._committed_offset.get(tp) or 0))

@@ -12,6 +12,7 @@ compaction can leave the old one alone.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import re
@@ -169,9 +170,9 @@ class UserStateStore(SerializedStore):
         """Close the databases of partitions that left, open those that came."""
         ours = {tp.partition for tp in assigned if tp.topic in self.table.changelog_topic.topics}
         for partition in self._databases.keys() - ours:
-            self._close(partition)
+            await asyncio.to_thread(self._close, partition)
         for partition in ours - self._databases.keys():
-            self._databases[partition] = self._open(partition)
+            self._databases[partition] = await asyncio.to_thread(self._open, partition)
 
     async def on_recovery_completed(self, active_tps: set[TP], standby_tps: set[TP]) -> None:
         """Append once more the states that are not the last of their users in the changelog.
@@ -245,7 +246,8 @@ class UserStateStore(SerializedStore):
 
     def reset_state(self) -> None:
         """Remove the local databases; the changelog rebuilds them."""
-        self._databases.clear()
+        for partition in list(self._databases):
+            self._close(partition)
         shutil.rmtree(self._folder(), ignore_errors=True)
 
     # -- databases

@@ -12,6 +12,7 @@ from io import BytesIO
 from typing import Any
 
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import LeaderNotAvailableError, UnknownTopicOrPartitionError, for_code
 from aiokafka.protocol.abstract import AbstractType
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.metadata import MetadataRequest_v5
@@ -24,6 +25,8 @@ from aiokafka.protocol.types import (
     Schema,
     TaggedFields,
 )
+
+_NOT_THERE = (UnknownTopicOrPartitionError.errno, LeaderNotAvailableError.errno)
 
 #: The id of a topic where Kafka gives none.
 NO_ID = bytes(16)
@@ -43,9 +46,13 @@ async def describe(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str
     """Those of the topics that exist, by name. Creates none, also where Kafka makes topics on demand.
 
     Raises:
-        KafkaError: no answer.
+        KafkaError: no answer, or this user may not see one of the topics.
     """
     answer = (await admin._send_request(_MetadataRequest(names))).to_object()
+    there = [topic for topic in answer["topics"] if topic["error_code"] not in _NOT_THERE]
+    for topic in there:
+        if topic["error_code"]:
+            raise for_code(topic["error_code"])(f"topic {topic['topic']}")
     return {
         topic["topic"]: TopicMetadata(
             topic["topic"],
@@ -53,8 +60,7 @@ async def describe(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str
             len(topic["partitions"]),
             all(partition["leader"] >= 0 for partition in topic["partitions"]),
         )
-        for topic in answer["topics"]
-        if topic["partitions"]
+        for topic in there
     }
 
 

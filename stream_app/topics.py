@@ -17,9 +17,9 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaConnectionError, KafkaError
 
-from stream_app.errors import BrokerUnavailable, TopicsError
+from stream_app.errors import BrokerUnavailable, StreamAppError, TopicsError
 from stream_app.settings import Settings
-from stream_app.topic_metadata import TopicMetadata, describe
+from stream_app.topic_metadata import NO_ID, TopicMetadata, describe
 
 _POLICY = "cleanup.policy"
 _MAX_BYTES = "max.message.bytes"
@@ -194,8 +194,9 @@ async def watch_topics(settings: Settings, verified: Mapping[str, FoundTopic], s
         try:
             async with _admin(settings) as admin:
                 found = await describe(admin, list(verified))
-        except BrokerUnavailable:
-            continue  # nothing can be said; a broker that stays away is noticed where records are read and written
+        except StreamAppError:
+            # Nothing can be said. A broker that stays away is noticed where records are read and written.
+            continue
         gone = verified.keys() - found.keys()
         if changed := _changes(settings, verified, found) or _deletions(settings, gone & missed):
             raise TopicsError("; ".join(changed))
@@ -207,15 +208,15 @@ def _changes(settings: Settings, verified: Mapping[str, FoundTopic], found: Mapp
         f"topic {name} was deleted and made anew while the worker ran: what was in it is gone, and its offsets count"
         " from 0 again; go on with a new STREAM_APP_APP_ID, which begins with new states"
         for name, topic in found.items()
-        if topic.id != verified[name].id
+        if topic.id != verified[name].id and NO_ID not in {topic.id, verified[name].id}
     ]
-    partitions = found[settings.clicks_topic].partitions if settings.clicks_topic in found else settings.partitions
-    if partitions != settings.partitions:
-        changed.append(
-            f"topic {settings.clicks_topic} got {partitions} partitions while the worker ran, and had"
-            f" {settings.partitions}: users have moved to partitions where their states are not; go on with"
-            f" STREAM_APP_PARTITIONS={partitions} and a new STREAM_APP_APP_ID"
-        )
+    changed += [
+        f"topic {name} got {found[name].partitions} partitions while the worker ran, and had {settings.partitions}:"
+        " users have moved to partitions where their states are not; go on with another STREAM_APP_PARTITIONS"
+        " and a new STREAM_APP_APP_ID"
+        for name in (settings.clicks_topic, settings.changelog_topic)
+        if name in found and found[name].partitions != settings.partitions
+    ]
     return changed
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Coroutine, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -38,6 +39,9 @@ _TOPICS_SECONDS = 10.0
 
 #: Seconds kept of the shutdown's for leaving the group when draining fails.
 _LEAVING_SECONDS = 3.0
+
+#: Seconds for closing connections when all is done.
+_CLOSING_SECONDS = 2.0
 
 #: Seconds beyond a request's deadline that a worker may be neither ready nor restoring: joining a group waits for the
 #: other members, for a minute at most.
@@ -76,8 +80,10 @@ async def _run(settings: Settings) -> None:
     except _StopAsked:
         pass
     finally:
-        await parts.publisher.stop()
-        await parts.health.stop()
+        with suppress(TimeoutError):  # nothing is under way any more that could be lost
+            async with asyncio.timeout(_CLOSING_SECONDS):
+                await parts.publisher.stop()
+                await parts.health.stop()
     log.info("stopped", clicks=int(value(parts.metrics.applied)))
 
 
@@ -110,7 +116,7 @@ async def _work(parts: Parts, stop: asyncio.Event, topics: Mapping[str, FoundTop
     changed = asyncio.create_task(watch_topics(settings, topics, _TOPICS_SECONDS), name="topics")
     leaving_seconds = min(_LEAVING_SECONDS, settings.shutdown_seconds / 4)
     try:
-        await _until_stopped(parts, stop, starting, {pipeline, stuck, changed})
+        await _until_stopped(parts, stop, starting, {pipeline, progress, stuck, changed})
         await _drain(parts, pipeline, settings.shutdown_seconds - leaving_seconds)
     except Exception as error:  # noqa: BLE001  (whatever it is, going on could lose or double clicks)
         await _end_process(parts, error, leaving_seconds)
@@ -161,6 +167,8 @@ async def _until_stopped(
             raise WorkerError(f"{task.get_name()} ended without a reason")
     if parts.app.crash_reason is not None:
         raise _explained(parts.app.crash_reason, parts.app.conf.datadir)
+    if not stop.is_set():
+        raise WorkerError("Faust stopped without a reason")
 
 
 def _explained(reason: BaseException, folder: Path) -> Exception:

@@ -130,7 +130,9 @@ class _Reading:
                 place = b"%b/%b" % tuple(
                     headers.get(f"__streams.errors.{name}") or b"" for name in ("partition", "offset")
                 )
-                self._add(Entry(Kind.LETTER, 0, 0, place, bytes_digest(record.key, record.value)))
+                whole = not any(name.endswith("-left-out") for name in headers)
+                digest = bytes_digest(record.key, record.value) if whole else b""
+                self._add(Entry(Kind.LETTER, 0, 0, place, digest))
 
         await self._read(self.settings.dead_letter_topic, note)
 

@@ -15,6 +15,7 @@ from jsonschema.validators import extend
 
 import schemas
 from stream_app.messages import (
+    REASON_HEADERS,
     ClickLimits,
     DeadLetter,
     RecommendationEncoder,
@@ -278,6 +279,11 @@ def test_the_records_own_headers_come_first_and_unchanged(headers):
     [letter] = decode(record(value=b"poison", headers=headers)).dead_letters
     assert letter.headers[: len(headers)] == headers
     assert len(letter.headers) == len(headers) + 6
+
+
+def test_the_reason_is_the_last_headers_and_nothing_else_is_added():
+    [letter] = decode(record(value=b"poison")).dead_letters
+    assert len(letter.headers) == REASON_HEADERS
 
 
 def test_a_reason_quotes_only_the_beginning_of_what_a_stranger_sent():

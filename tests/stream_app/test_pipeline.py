@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -81,6 +82,8 @@ class Journal:
     def __init__(self) -> None:
         self.steps: list[str] = []
         self.open: dict[str, asyncio.Future[Any]] = {}
+        self.before_the_disk: Callable[[], object] = lambda: None
+        self.before_the_computation: Callable[[], object] = lambda: None
 
     def _future(self, step: str) -> asyncio.Future[Any]:
         self.steps.append(step)
@@ -109,6 +112,7 @@ class Journal:
         return [None] * len(keys)
 
     def persist_appended(self, partition: int, rows: Sequence[KeyValue], offsets: range) -> None:
+        self.before_the_disk()
         names = "+".join(row.value.decode() for row in rows)
         self.steps.append(f"disk {names} up to {offsets[-1]}")
 
@@ -119,6 +123,7 @@ class Journal:
         )
 
     def advance(self, batches: Sequence[Sequence[str]], load: Any, now_ms: int) -> Outbox:
+        self.before_the_computation()
         records = [record for batch in batches for record in batch]
         return Outbox(
             recommendations=[KeyValue(b"u", f"list-{record}".encode()) for record in records],
@@ -195,6 +200,36 @@ async def test_micro_batches_overtake_each_other_in_no_step(
     journal.acknowledge("changelog state-a")
     await until(lambda: "ack b" in journal.steps)
     assert journal.steps[-4:] == ["disk state-a up to 70", "ack a", "disk state-b up to 70", "ack b"]
+
+
+async def test_states_count_as_persisted_only_when_the_disk_has_them(
+    journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]]
+) -> None:
+    written = threading.Event()
+    journal.before_the_disk = lambda: written.wait(5)
+    await pipeline[0].put(journal.event("a"))
+    for step in ("recommendations list-a", "dead-letters letter-a", "changelog state-a"):
+        await until(lambda: step in journal.open)  # noqa: B023
+        journal.acknowledge(step)
+    await settled()
+    assert pipeline[0]._unpersisted.persisted == 0
+    written.set()
+    await until(lambda: "ack a" in journal.steps)
+    assert pipeline[0]._unpersisted.persisted == 1
+
+
+async def test_no_more_is_taken_while_a_full_micro_batch_waits(
+    journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]]
+) -> None:
+    computing = threading.Event()
+    journal.before_the_computation = lambda: computing.wait(5)
+    await pipeline[0].put(journal.event("a"))  # is being computed
+    await settled()
+    waiting = asyncio.create_task(pipeline[0].put(journal.event("b", "c")))
+    await settled()
+    assert not waiting.done()
+    computing.set()
+    await asyncio.wait_for(waiting, 5)
 
 
 @pytest.mark.parametrize("refused", ["recommendations list-a", "dead-letters letter-a", "changelog state-a"])

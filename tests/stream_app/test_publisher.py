@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 import schemas
-from stream_app.errors import BrokerUnavailable, WorkerError
+from stream_app.errors import BrokerUnavailable, StateError, WorkerError
 from stream_app.messages import DeadLetter
 from stream_app.micro_batch import KeyValue
-from stream_app.publisher import BATCH_BYTES, Publisher, acknowledged
+from stream_app.publisher import BATCH_BYTES, Publisher, acknowledged, offsets_of
 from stream_app.settings import Settings
 
 TIME_MS = 1_700_000_000_000
@@ -122,15 +122,27 @@ async def test_batches_of_a_partition_keep_their_order_while_none_is_acknowledge
     assert [record.value for record in found[1]] == [b"%d" % number for number in range(50)]
 
 
-async def test_the_last_answer_and_the_last_batch_tell_the_offset_of_the_last_record(create_topic, publisher_to, read):
+async def test_the_answers_tell_the_offsets_of_all_records(create_topic, publisher_to, read):
     topic = await create_topic("changelog")
     publisher = await publisher_to(topic)
     for size in (10, 400_000):  # in one batch, and in several
         batches = publisher.pack_for(0, [KeyValue(b"u", bytes(size))] * 7, TIME_MS)
-        answers = await sent(publisher, topic, batches)
-        last = answers[-1].offset + batches[-1].records.record_count() - 1
-        assert last == (await read(topic))[0][-1].offset
+        offsets = offsets_of(batches, await sent(publisher, topic, batches))
+        assert list(offsets) == [record.offset for record in (await read(topic))[0]][-7:]
     assert len(batches) > 1
+
+
+async def test_a_record_of_somebody_else_between_the_batches_is_noticed(create_topic, publisher_to):
+    topic = await create_topic("changelog")
+    publisher, stranger = await publisher_to(topic), await publisher_to(topic)
+    batches = publisher.pack_for(0, [KeyValue(b"u", bytes(400_000))] * 4, TIME_MS)
+    answers = await sent(publisher, topic, batches[:1])
+    assert await stranger.append(topic, 0, [KeyValue(b"u", b"late"), KeyValue(b"v", b"late")]) == range(2, 4)
+    answers += await sent(publisher, topic, batches[1:])
+    with pytest.raises(
+        StateError, match="partition 0 of the changelog holds a record at offset 2 that this worker did"
+    ):
+        offsets_of(batches, answers)
 
 
 # -- dead letters
@@ -161,6 +173,33 @@ async def test_a_dead_letter_too_large_for_its_topic_comes_without_its_value(cre
     [arrived] = (await read(topic))[0]
     assert (arrived.key, arrived.value) == (key, None)
     assert list(arrived.headers) == [*headers, ("__streams.errors.value-left-out", b"5000")]
+    LETTER_HEADERS.validate({name: text.decode() for name, text in arrived.headers})
+
+
+@pytest.mark.parametrize(
+    ("key", "own", "sizes"),
+    [
+        (b"k" * 5000, [], (5000, 7, 0)),
+        (b"u", [("trace", b"x" * 5000)], (1, 7, 5005)),
+        (None, [("n", None)] * 999, (0, 7, 999)),
+    ],
+    ids=["large key", "large header", "many headers"],
+)
+async def test_a_dead_letter_too_large_without_its_value_is_its_reason_alone(
+    create_topic, publisher_to, read, key, own, sizes
+):
+    topic = await create_topic("dead", max_message_bytes="2000")
+    publisher = await publisher_to(topic)
+    reason = [(name, text.encode()) for name, text in REASON]
+    futures = await publisher.send_dead_letters(topic, [DeadLetter(key, b"a value", [*own, *reason])])
+    await acknowledged(futures, "it", 30)
+    [arrived] = (await read(topic))[0]
+    assert (arrived.key, arrived.value) == (None, None)
+    assert list(arrived.headers[:6]) == reason
+    named = {name: int(size) for name, size in arrived.headers[6:]}
+    assert named == {
+        f"__streams.errors.{part}-left-out": size for part, size in zip(("key", "value", "headers"), sizes, strict=True)
+    }
     LETTER_HEADERS.validate({name: text.decode() for name, text in arrived.headers})
 
 

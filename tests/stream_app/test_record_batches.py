@@ -39,8 +39,8 @@ class Consumer(RecordBatchConsumer):
 
 
 @contextmanager
-def a_consumer() -> Iterator[Consumer]:
-    app = faust.App("app", broker="kafka://127.0.0.1:1", web_enabled=False)
+def a_consumer(**settings: Any) -> Iterator[Consumer]:
+    app = faust.App("app", broker="kafka://127.0.0.1:1", web_enabled=False, **settings)
     transport = RecordBatchTransport(app.conf.broker_consumer, app)
 
     async def ignore(*_: Any) -> None: ...
@@ -100,17 +100,13 @@ async def test_a_source_opens_only_by_resume_then_seek_then_flow(steps: list[str
             assert (SOURCE in consumer._get_active_partitions()) == (progress == 3)
 
 
-@pytest.mark.parametrize("ends", [lambda c: c.stop_flow(), lambda c: c.pause_partitions({SOURCE, CHANGELOG})])
-async def test_a_rebalance_closes_the_sources_until_the_next_seek(
-    consumer: Consumer, ends: Callable[[Any], None]
-) -> None:
+async def test_a_rebalance_closes_the_sources_until_the_next_seek(consumer: Consumer) -> None:
     for step in STEPS.values():
         result = step(consumer)
         if asyncio.iscoroutine(result):
             await result
     assert len(await delivered(consumer, {SOURCE: records(0, 3)})) == 1
-    ends(consumer)
-    consumer.pause_partitions({SOURCE})
+    consumer.pause_partitions({SOURCE, CHANGELOG})
     consumer.resume_flow()
     consumer.resume_partitions({SOURCE, CHANGELOG})
     consumer.resume_flow()
@@ -151,6 +147,20 @@ async def test_no_more_is_delivered_than_may_be_unacknowledged_though_faust_has_
     assert len(await delivered(consumer, {SOURCE: records(100, 10)})) == 1
 
 
+async def test_what_is_restored_from_the_changelog_takes_no_room(consumer: Consumer) -> None:
+    await open_source(consumer)
+    consumer.resume_partitions({CHANGELOG})
+    consumer.max_unacknowledged = 100
+    for number in range(20):
+        assert len(await delivered(consumer, {CHANGELOG: records(number * 50, 50, CHANGELOG)})) == 1
+    assert len(await delivered(consumer, {SOURCE: records(0, 10)})) == 1
+
+
+async def test_there_is_room_for_two_of_the_largest_micro_batches() -> None:
+    with a_consumer(broker_max_poll_records=50_000) as consumer:
+        assert consumer.max_unacknowledged == 100_000
+
+
 async def test_the_offset_to_commit_is_one_past_the_last_acknowledged_batch(consumer: Consumer) -> None:
     consumer.app.topics._acking_topics.add(SOURCE.topic)
     await open_source(consumer)
@@ -163,10 +173,12 @@ async def test_the_offset_to_commit_is_one_past_the_last_acknowledged_batch(cons
     assert consumer._new_offset(SOURCE) is None
 
 
-async def test_a_rebalance_between_seek_and_flow_makes_the_seek_void(consumer: Consumer) -> None:
+@pytest.mark.parametrize("begins", [lambda c: c.stop_flow(), lambda c: c.pause_partitions({SOURCE})])
+async def test_a_rebalance_between_seek_and_flow_makes_the_seek_void(
+    consumer: Consumer, begins: Callable[[Any], None]
+) -> None:
     consumer.resume_partitions({SOURCE})
     await consumer.perform_seek()
-    consumer.stop_flow()
-    consumer.pause_partitions({SOURCE})
+    begins(consumer)
     consumer.resume_flow()
     assert SOURCE not in consumer._get_active_partitions()

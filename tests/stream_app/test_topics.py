@@ -13,6 +13,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from stream_app.errors import BrokerUnavailable, TopicsError
 from stream_app.settings import Settings
+from stream_app.topic_metadata import NO_ID, describe
 from stream_app.topics import FoundTopic, ensure_topics, verify_topics, watch_topics
 
 
@@ -185,6 +186,34 @@ async def test_partitions_added_under_a_running_worker_are_noticed(settings, adm
     add = admin.create_partitions({settings.clicks_topic: NewPartitions(total_count=5)})
     message = await changed(settings, await verify_topics(settings), add)
     assert f"{settings.clicks_topic} got 5 partitions while the worker ran, and had 3" in message
+    assert "STREAM_APP_APP_ID" in message
+
+
+async def test_a_topic_that_is_missed_once_is_not_taken_for_deleted(settings, monkeypatch):
+    await ensure_topics(settings)
+    verified = await verify_topics(settings)
+    looks = []
+
+    async def overlook_once(admin, names):
+        found = await describe(admin, names)
+        looks.append(found)
+        return {} if len(looks) == 2 else found
+
+    monkeypatch.setattr("stream_app.topics.describe", overlook_once)
+    watch = asyncio.create_task(watch_topics(settings, verified, 0.02))
+    async with asyncio.timeout(20):
+        while len(looks) < 5:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    assert not watch.done()
+    watch.cancel()
+
+
+async def test_an_id_that_kafka_begins_to_give_is_no_change(settings, monkeypatch):
+    await ensure_topics(settings)
+    verified = await verify_topics(settings)
+    without = {name: replace(topic, id=NO_ID) for name, topic in verified.items()}
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(watch_topics(settings, without, 0.05), 1)
 
 
 async def test_a_kafka_that_is_away_says_nothing_about_its_topics(settings, unused_tcp_port):

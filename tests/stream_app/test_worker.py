@@ -211,9 +211,12 @@ async def test_ids_too_large_for_a_recommendation_are_poison_and_stop_nobody(
         assert_exact(await recommendations_for(site, 3), [c for c in clicks if c[1] != "3"], bundle)
         [letter] = await read_until(site, site.dead_letters, bool)
     assert letter.key == b"y" * 9_900
-    refused = run_command(["worker"], site.environment(WEB_PORT="0", TOP_K="150"))
-    assert refused.returncode == 1
-    assert re.search(r"Error: STREAM_APP_TOP_K=150 is not allowed here: .*max\.message\.bytes", refused.stderr)
+    for name, value in (("TOP_K", "150"), ("RECENT_ITEMS", "6000")):
+        refused = run_command(["worker"], site.environment(WEB_PORT="0", **{name: value}))
+        assert refused.returncode == 1
+        assert re.search(
+            rf"Error: STREAM_APP_{name}={value} is not allowed here: .*max\.message\.bytes", refused.stderr
+        )
 
 
 async def test_header_names_that_are_no_utf8_stop_nobody(site: Site, worker: WorkerProcess, bundle: Bundle) -> None:
