@@ -88,7 +88,7 @@ def require_writable_target(folder: Path) -> None:
 
     To be asked before a training, not after it.
     """
-    parent = next(path for path in folder.absolute().parents if os.path.lexists(path))
+    parent = next((path for path in folder.absolute().parents if os.path.lexists(path)), folder)  # the root has none
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise BundleError(f"{folder} cannot be written: {parent} is no folder that may be written to; name another")
     if not os.path.lexists(folder):

@@ -30,7 +30,7 @@ def guard_standard_streams() -> None:
     if given is not None:
         guarded.reconfigure(
             encoding=given.encoding,
-            errors=given.errors,
+            errors="backslashreplace" if given.errors == "strict" else given.errors,  # Latin-1 has no dash
             line_buffering=given.line_buffering,
             write_through=given.write_through,
         )

@@ -16,6 +16,7 @@ from yarl import URL
 from lrurec.bundle import Bundle, load_bundle
 from lrurec.serving import build_engine, state_layout
 from lrurec.user_state import StateLayout
+from stream_app.committed import commit_note
 from stream_app.errors import SettingsError
 from stream_app.health import HealthServer
 from stream_app.messages import ClickLimits, RecommendationEncoder
@@ -84,7 +85,7 @@ def build_parts(settings: Settings, topics: Mapping[str, FoundTopic]) -> Parts:
         limits=_limits(settings, encoder, layout, topics),
         only_latest=settings.publish == "latest",
     )
-    app = build_app(settings)
+    app = build_app(settings, commit_note(changelog_id))
     publisher = Publisher(settings.kafka_client(), _largest_batch(settings, topics))
     append = partial(publisher.append, settings.changelog_topic)
     table = user_state_table(app, StoreOptions(layout, changelog_id, append, settings.state_cache_mb << 20))
@@ -133,8 +134,8 @@ def _limits(
     return ClickLimits(settings.max_click_bytes, room - max(needed.values()))
 
 
-def build_app(settings: Settings) -> faust.App:
-    """The Faust app: consumer group, rebalancing, table recovery and commits; batches for messages."""
+def build_app(settings: Settings, note: str) -> faust.App:
+    """The Faust app: consumer group, rebalancing, table recovery and commits with this note; batches for messages."""
     servers = [URL(f"kafka://{server}") for server in settings.broker.split(",")]
     folder = settings.state_dir.absolute() / settings.app_id
     try:
@@ -165,7 +166,9 @@ def build_app(settings: Settings) -> faust.App:
         web_enabled=False,  # health.py answers; Faust's own health is always OK
         producer_acks=-1,
     )
-    app.transport = RecordBatchTransport(app.conf.broker_consumer, app)
+    transport = RecordBatchTransport(app.conf.broker_consumer, app)
+    transport.commit_note = note
+    app.transport = transport
     return app
 
 
@@ -179,11 +182,11 @@ def add_agent(app: faust.App, settings: Settings, pipeline: Pipeline) -> None:
             await pipeline.put(event)
 
 
-def is_ready(app: faust.App) -> bool:
-    """Whether states are restored and clicks flow, here and in the rest of the group.
+def is_settled(app: faust.App) -> bool:
+    """Whether states are restored, here, and every partition has a member, here or elsewhere in the group.
 
     Faust's assignor passes over a topic that Kafka does not tell of, as it may just after a restart: then there are
-    members without partitions though partitions are without a member. A spare member of a full group is ready.
+    members without partitions though partitions are without a member. A spare member of a full group is settled.
     """
     return bool(
         app.tables.actives_ready
@@ -193,6 +196,11 @@ def is_ready(app: faust.App) -> bool:
     )
 
 
+def is_ready(app: faust.App) -> bool:
+    """Whether clicks flow: settled, and Kafka answers."""
+    return is_settled(app) and cast("RecordBatchConsumer", app.consumer).is_in_touch()
+
+
 def assigned_partitions(distribution: Mapping[str, Mapping[str, Collection[int]]]) -> int:
     """How many partitions of the changelog have a member: member → topic → its partitions."""
     return len({partition for topics in distribution.values() for held in topics.values() for partition in held})
@@ -200,7 +208,7 @@ def assigned_partitions(distribution: Mapping[str, Mapping[str, Collection[int]]
 
 def lag_of(app: faust.App) -> dict[int, int]:
     """Assigned partition → clicks in the log that no commit has passed; left out while Kafka hasn't told its end."""
-    return cast("RecordBatchConsumer", app.consumer).lag() if is_ready(app) else {}
+    return cast("RecordBatchConsumer", app.consumer).lag() if is_settled(app) else {}
 
 
 def _refresh(app: faust.App, metrics: Metrics) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from aiohttp import web
@@ -14,7 +15,7 @@ class HealthServer:
     """Answers from the event loop that the worker runs on: no answer means the loop is stuck.
 
     Args:
-        is_ready: whether states are restored and clicks flow; /ready answers 503 while not.
+        is_ready: whether clicks flow; /ready answers 503 while not.
         refresh: brings the metrics up to date before they are read.
 
     """
@@ -39,8 +40,10 @@ class HealthServer:
         try:
             await web.TCPSite(self._runner, host, port).start()
         except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
             raise WorkerError(
-                f"can't listen on {host}:{port} ({error.strerror}); choose STREAM_APP_WEB_PORT, 0 for none"
+                f"can't listen on {host}:{port} ({reason}); choose STREAM_APP_WEB_HOST, or STREAM_APP_WEB_PORT, "
+                "0 for none"
             ) from None
 
     async def stop(self) -> None:
@@ -53,7 +56,8 @@ class HealthServer:
     async def _ready(self, _: web.Request) -> web.Response:
         ready = self._is_ready()
         return web.Response(
-            text="ready\n" if ready else "not ready: restoring states or rebalancing\n", status=200 if ready else 503
+            text="ready\n" if ready else "not ready: restoring states, rebalancing, or without an answer from Kafka\n",
+            status=200 if ready else 503,
         )
 
     async def _expose(self, _: web.Request) -> web.Response:

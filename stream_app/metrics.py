@@ -29,7 +29,9 @@ class Metrics:
         self.lag = Gauge(
             "stream_app_lag_clicks", "Clicks behind the end of the log", ["partition"], registry=self._registry
         )
-        self.ready = Gauge("stream_app_ready", "1 while states are restored and clicks flow", registry=self._registry)
+        self.ready = Gauge(
+            "stream_app_ready", "1 while clicks flow: states are restored and Kafka answers", registry=self._registry
+        )
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"stream_app_{name}", text, registry=self._registry)

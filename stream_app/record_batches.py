@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, cast
 from weakref import WeakSet
 
+from aiokafka.structs import OffsetAndMetadata
 from faust import Schema
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, AppT, EventT, Message
@@ -37,6 +38,25 @@ class RecordBatchSchema(Schema):
         return decode
 
 
+class _Thread(driver.AIOKafkaConsumerThread):
+    """Faust's thread around the aiokafka consumer."""
+
+    def _create_worker_consumer(self, transport: Any) -> Any:
+        """The consumer, which never sees clicks of a transaction that was given up, and commits with a note.
+
+        Faust reads them all unless it writes transactions itself.
+        """
+        client = super()._create_worker_consumer(transport)
+        client._isolation_level = "read_committed"
+        commit, note = client.commit, cast("RecordBatchTransport", transport).commit_note
+
+        async def commit_with_note(offsets: Mapping[Any, Any]) -> None:
+            await commit({tp: OffsetAndMetadata(offset.offset, note) for tp, offset in offsets.items()})
+
+        client.commit = commit_with_note
+        return client
+
+
 class RecordBatchConsumer(driver.Consumer):
     """Polls records and delivers each partition's as one message, never before its position is settled.
 
@@ -56,6 +76,9 @@ class RecordBatchConsumer(driver.Consumer):
         self._delivered: WeakSet[Message] = WeakSet()
         self._to_open: set[TP] = set()
         self._settled = False
+
+    def _new_consumer_thread(self) -> _Thread:
+        return _Thread(self, loop=self.loop, beacon=self.beacon)
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, Message]]:
         """Yield (partition, batch); replaces Faust's loop over single records."""
@@ -198,19 +221,37 @@ class RecordBatchConsumer(driver.Consumer):
     def lag(self) -> dict[int, int]:
         """Source partition → offsets that no commit has passed; left out while the end of the log isn't known.
 
-        Before the first commit they are counted from 0.
+        Where every click is acknowledged, those that hold no clicks, such as the ends of transactions, don't count.
         """
-        ends = {tp: self.highwater(tp) for tp in self.assignment() if not self._is_changelog_tp(tp)}
+        sources = [tp for tp in self.assignment() if not self._is_changelog_tp(tp)]
+        ends = {tp: self.highwater(tp) for tp in sources}
+        at_work = {message.tp for message in self._delivered}
+        read = self._positions()
         return {
-            tp.partition: max(0, end - (self._committed_offset.get(tp) or 0))
+            tp.partition: max(
+                0, end - max(self._committed_offset.get(tp) or 0, 0 if tp in at_work else read.get(tp, 0))
+            )
             for tp, end in ends.items()
             if end is not None
         }
 
+    def _positions(self) -> dict[TP, int]:
+        """Partition → the offset that is read next."""
+        client = self._thread._consumer
+        subscription = None if client is None else client._subscription.subscription
+        assignment = None if subscription is None else subscription.assignment
+        offsets = {} if assignment is None else assignment.all_consumed_offsets()
+        return {TP(tp.topic, tp.partition): offset.offset for tp, offset in offsets.items()}
+
+    def is_in_touch(self) -> bool:
+        """Whether the group's coordinator answers: this worker is a member, and can commit."""
+        coordinator = getattr(self._thread._consumer, "_coordinator", None)
+        return coordinator is not None and coordinator.coordinator_id is not None
+
     async def leave_group(self) -> None:
         """Leave the consumer group at once, without waiting for what is in flight."""
         client = self._thread._consumer
-        if client is not None:
+        if client is not None and self._thread.thread_loop.is_running():
             left = asyncio.run_coroutine_threadsafe(client.stop(), self._thread.thread_loop)
             await asyncio.wrap_future(left)
 
@@ -225,6 +266,9 @@ class RecordBatchTransport(driver.Transport):
     """Faust's Kafka transport with batches for messages: `app.transport = RecordBatchTransport(urls, app)`."""
 
     Consumer = RecordBatchConsumer
+
+    commit_note: str = ""
+    """What the group's committed offsets carry as metadata."""
 
 
 def records_of(event: EventT) -> Sequence[Record]:

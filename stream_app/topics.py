@@ -8,18 +8,17 @@ an existing topic are its owner's business; what a new topic gets is in `wanted_
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaConnectionError, KafkaError
 
-from stream_app.errors import BrokerUnavailable, StreamAppError, TopicsError
+from stream_app.errors import BrokerUnavailable, TopicsError
 from stream_app.settings import Settings
-from stream_app.topic_metadata import NO_ID, TopicMetadata, describe
+from stream_app.topic_metadata import describe
 
 _POLICY = "cleanup.policy"
 _MAX_BYTES = "max.message.bytes"
@@ -144,7 +143,7 @@ async def ensure_topics(settings: Settings) -> list[TopicOutcome]:
         TopicsError: a topic can't be created, or one that is there does not fit.
     """
     wanted = wanted_topics(settings)
-    async with _admin(settings) as admin:
+    async with admin_client(settings) as admin:
         there = await _find(admin, wanted)
         missing = [topic for topic in wanted if topic.name not in there]
         if missing:
@@ -165,7 +164,7 @@ async def verify_topics(settings: Settings) -> dict[str, FoundTopic]:
         TopicsError: names every topic that is missing or unfit, and what to do.
     """
     wanted = wanted_topics(settings)
-    async with _admin(settings) as admin:
+    async with admin_client(settings) as admin:
         found = await _find(admin, wanted)
     missing = [topic.name for topic in wanted if topic.name not in found]
     if missing:
@@ -180,58 +179,6 @@ async def verify_topics(settings: Settings) -> dict[str, FoundTopic]:
     return found
 
 
-async def watch_topics(settings: Settings, verified: Mapping[str, FoundTopic], seconds: float) -> NoReturn:
-    """Look again and again whether the topics are still those that were verified at the start.
-
-    Offsets of a topic made anew begin at 0 again: a worker that went on would take its clicks for applied ones.
-
-    Raises:
-        TopicsError: a topic was deleted or made anew, or got more partitions where their number matters.
-    """
-    missed: set[str] = set()
-    while True:
-        await asyncio.sleep(seconds)
-        try:
-            async with _admin(settings) as admin:
-                found = await describe(admin, list(verified))
-        except StreamAppError:
-            # Nothing can be said. A broker that stays away is noticed where records are read and written.
-            continue
-        gone = verified.keys() - found.keys()
-        if changed := _changes(settings, verified, found) or _deletions(settings, gone & missed):
-            raise TopicsError("; ".join(changed))
-        missed = gone  # once is not enough: a broker that comes back may not know every topic at once
-
-
-def _changes(settings: Settings, verified: Mapping[str, FoundTopic], found: Mapping[str, TopicMetadata]) -> list[str]:
-    changed = [
-        f"topic {name} was deleted and made anew while the worker ran: what was in it is gone, and its offsets count"
-        " from 0 again; go on with a new STREAM_APP_APP_ID, which begins with new states"
-        for name, topic in found.items()
-        if topic.id != verified[name].id and NO_ID not in {topic.id, verified[name].id}
-    ]
-    changed += [
-        f"topic {name} got {found[name].partitions} partitions while the worker ran, and had {settings.partitions}:"
-        " users have moved to partitions where their states are not; go on with another STREAM_APP_PARTITIONS"
-        " and a new STREAM_APP_APP_ID"
-        for name in (settings.clicks_topic, settings.changelog_topic)
-        if name in found and found[name].partitions != settings.partitions
-    ]
-    return changed
-
-
-def _deletions(settings: Settings, names: Iterable[str]) -> list[str]:
-    return [
-        f"topic {name} was deleted while the worker ran: "
-        + (
-            "create it with: stream-app topics"
-            if name in {settings.recommendations_topic, settings.dead_letter_topic}
-            else "what was in it is gone; create it with: stream-app topics, and go on with a new STREAM_APP_APP_ID"
-        )
-        for name in sorted(names)
-    ]
-
-
 async def require_topic(settings: Settings, name: str) -> None:
     """Refuse a topic that is not there, before a client waits for it or Kafka creates it unasked.
 
@@ -239,7 +186,7 @@ async def require_topic(settings: Settings, name: str) -> None:
         BrokerUnavailable: no answer within `broker_timeout_seconds`.
         TopicsError: there is no such topic.
     """
-    async with _admin(settings) as admin:
+    async with admin_client(settings) as admin:
         there = await describe(admin, [name])
     if name not in there:
         raise _missing(settings, [name])
@@ -256,7 +203,7 @@ def _refuse_mismatches(wanted: Sequence[WantedTopic], found: Mapping[str, FoundT
 
 
 @asynccontextmanager
-async def _admin(settings: Settings) -> AsyncIterator[AIOKafkaAdminClient]:
+async def admin_client(settings: Settings) -> AsyncIterator[AIOKafkaAdminClient]:
     """An admin client for a block that ends within `broker_timeout_seconds`, with errors an operator can act on."""
     admin = AIOKafkaAdminClient(**settings.kafka_client())
     try:

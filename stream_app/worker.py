@@ -18,14 +18,16 @@ from faust.exceptions import ConsistencyError
 from threadpoolctl import threadpool_limits
 
 from lrurec.errors import LRURecError
-from stream_app.app import Parts, build_parts, is_ready, lag_of
-from stream_app.errors import StreamAppError, WorkerError
+from stream_app.app import Parts, build_parts, is_settled, lag_of
+from stream_app.committed import verify_committed
+from stream_app.errors import StreamAppError, TopicsError, WorkerError
 from stream_app.header_names import read_any_header_name
 from stream_app.logs import configure_logging
 from stream_app.metrics import value
 from stream_app.record_batches import RecordBatchConsumer
 from stream_app.settings import Settings, misspelt
-from stream_app.topics import FoundTopic, verify_topics, watch_topics
+from stream_app.topic_watch import find_change, watch_topics
+from stream_app.topics import FoundTopic, verify_topics
 
 log = structlog.get_logger(__name__)
 
@@ -65,6 +67,7 @@ async def _run(settings: Settings) -> None:
     stop = _stop_on_signals()
     try:
         verified = await _unless_asked(stop, verify_topics(settings))
+        await _unless_asked(stop, verify_committed(settings, verified))
     except _StopAsked:
         return
     # One core does the products: threads of BLAS beside the event loop only wait for each other.
@@ -119,7 +122,9 @@ async def _work(parts: Parts, stop: asyncio.Event, topics: Mapping[str, FoundTop
         await _until_stopped(parts, stop, starting, {pipeline, progress, stuck, changed})
         await _drain(parts, pipeline, settings.shutdown_seconds - leaving_seconds)
     except Exception as error:  # noqa: BLE001  (whatever it is, going on could lose or double clicks)
-        await _end_process(parts, error, leaving_seconds)
+        # A topic that is no longer the same shows in many ways before the watch looks again.
+        cause = error if isinstance(error, TopicsError) else await find_change(settings, topics, leaving_seconds)
+        await _end_process(parts, cause or error, leaving_seconds)
     finally:
         others = (progress, stuck, changed, pipeline)
         for task in others:
@@ -193,7 +198,7 @@ async def _until_stuck(parts: Parts, seconds: float) -> None:
     while True:
         await asyncio.sleep(0.5)
         restored = parts.table.store.restored
-        if is_ready(parts.app) or restored != seen:
+        if is_settled(parts.app) or restored != seen:
             seen, since = restored, time.monotonic()
         if time.monotonic() - since > seconds:
             raise WorkerError(f"the worker was neither ready nor restored a state for {seconds:g} seconds")
@@ -215,7 +220,7 @@ async def _drain(parts: Parts, pipeline: asyncio.Task[None], seconds: float) -> 
     if pipeline.done():
         pipeline.result()
     raise WorkerError(
-        "draining takes longer than STREAM_APP_SHUTDOWN_SECONDS allows; "
+        "draining takes longer than STREAM_APP_SHUTDOWN_SECONDS allows, or Kafka does not answer; "
         "what is not acknowledged is done again by the partitions' next owner"
     )
 
@@ -241,7 +246,7 @@ async def _report_progress(parts: Parts) -> None:
     was_ready, last, counted = False, time.monotonic(), 0.0
     while True:
         await asyncio.sleep(0.1)
-        ready = is_ready(parts.app)
+        ready = is_settled(parts.app)
         if ready != was_ready:
             assigned = sorted(tp.partition for tp in parts.app.consumer.assignment() if tp.topic == parts.clicks_topic)
             log.info("ready" if ready else "rebalancing", partitions=assigned)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 from aiokafka.structs import ConsumerRecord
 
 from lrurec.bundle import load_bundle
+from stream_app.committed import committed_offsets
 from stream_app.errors import BrokerUnavailable, SettingsError
 from stream_app.header_names import read_any_header_name
 from stream_app.settings import Settings
@@ -60,7 +60,7 @@ async def verify(settings: Settings, sample: float = 1.0, tell: Callable[[str], 
     bundle = load_bundle(settings.model)
     read_any_header_name()
     topics = await verify_topics(settings)
-    committed = await _committed(settings)
+    committed = {partition: found.offset for partition, found in (await committed_offsets(settings)).items()}
     report = Report()
     with tempfile.TemporaryDirectory(prefix="stream-app-verify-") as folder:
         ledger = Ledger(Path(folder), sample)
@@ -86,23 +86,6 @@ async def verify(settings: Settings, sample: float = 1.0, tell: Callable[[str], 
         for entries in ledger.buckets():
             check_bucket(entries, expected, report)
     return report
-
-
-async def _committed(settings: Settings) -> dict[int, int]:
-    """Partition → offset up to which the group has acknowledged the clicks."""
-    wanted = [TopicPartition(settings.clicks_topic, partition) for partition in range(settings.partitions)]
-    admin = AIOKafkaAdminClient(**settings.kafka_client())
-    try:
-        async with asyncio.timeout(settings.broker_timeout_seconds):
-            await admin.start()
-            found = await admin.list_consumer_group_offsets(settings.app_id, partitions=wanted)
-    except (KafkaError, TimeoutError, OSError) as error:
-        raise BrokerUnavailable(
-            f"Kafka at {settings.broker} did not tell the offsets of group {settings.app_id}: {error!r}; is it up?"
-        ) from None
-    finally:
-        await admin.close()
-    return {partition.partition: max(0, offset.offset) for partition, offset in found.items()}
 
 
 @dataclass(frozen=True)
@@ -157,7 +140,10 @@ class _Reading:
     async def _read(self, topic: str, note: Callable[[ConsumerRecord], None]) -> _Log:
         """Give every record up to the topic's present end to `note`, partition by partition in order."""
         consumer = AIOKafkaConsumer(
-            **self.settings.kafka_client(), auto_offset_reset="earliest", enable_auto_commit=False
+            isolation_level="read_committed",
+            **self.settings.kafka_client(),
+            auto_offset_reset="earliest",
+            enable_auto_commit=False,
         )
         try:
             async with asyncio.timeout(self.settings.broker_timeout_seconds):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -66,6 +67,11 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path, small_bundle):
     with pytest.raises(BundleError, match="no bundle's"):
         save_bundle(tmp_path, small_bundle)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_root_of_all_folders_is_never_replaced(small_bundle):
+    with pytest.raises(BundleError, match="^/ "):
+        save_bundle(Path("/"), small_bundle)
 
 
 def test_a_file_in_the_way_is_never_replaced(tmp_path, small_bundle):

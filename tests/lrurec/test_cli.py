@@ -244,3 +244,10 @@ def test_standard_output_is_what_the_environment_makes_it(unbuffered):
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1:replace", "PYTHONUNBUFFERED": unbuffered}
     out = subprocess.run([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, check=True).stdout
     assert out.decode("latin-1").split() == ["iso8859-1", "replace", str(bool(unbuffered)), "False", "1", "ü"]
+
+
+def test_what_the_terminals_encoding_lacks_is_printed_as_its_code():
+    program = "from lrurec.standard_streams import guard_standard_streams\nguard_standard_streams()\nprint('50 – 60 %')"
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    out = subprocess.run([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, check=True).stdout
+    assert out == b"50 \\u2013 60 %\n"

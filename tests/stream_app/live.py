@@ -135,6 +135,13 @@ class WorkerProcess:
             lines = answer.read().decode().splitlines()
         return float(next(line.split()[1] for line in lines if line.split()[0] == f"stream_app_{name}"))
 
+    def lag(self) -> float | None:
+        """Clicks behind, over all partitions; None while no partition's is known."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        found = [float(line.split()[1]) for line in lines if line.startswith("stream_app_lag_clicks{")]
+        return sum(found) if found else None
+
     def holds(self) -> list[int] | None:
         """The partitions that its last line about being ready names; None before the first."""
         lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]

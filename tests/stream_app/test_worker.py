@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
@@ -120,6 +120,7 @@ async def test_every_click_gets_one_list_and_each_users_last_is_the_offline_mode
     assert_exact(recommendations, clicks, bundle)
 
 
+@pytest.mark.timeout(400)
 async def test_kills_and_a_lost_disk_lose_and_double_nothing(site: Site, bundle: Bundle) -> None:
     clicks = random_clicks(30_000, users=400, seed=2)
     await produce(site, [click(user, item) for user, item in clicks])
@@ -242,6 +243,42 @@ async def test_clicks_are_read_whatever_their_compression(site: Site, worker: Wo
     assert_exact(await recommendations_for(site, len(clicks)), clicks, bundle)
 
 
+async def test_clicks_of_a_transaction_that_was_given_up_are_never_seen(
+    site: Site, worker: WorkerProcess, bundle: Bundle, unique_name: Callable[[str], str]
+) -> None:
+    kept, given_up = [("kept", str(n)) for n in range(1, 6)], [("given up", str(n)) for n in range(1, 8)]
+    async with AIOKafkaProducer(bootstrap_servers=site.bootstrap, transactional_id=unique_name("t")) as client:
+        for clicks, end in ((kept, client.commit_transaction), (given_up, client.abort_transaction)):
+            await client.begin_transaction()
+            for user, item in clicks:
+                key, value = click(user, item)
+                await client.send_and_wait(site.clicks, value, key)
+            await end()
+    after = [("after", "9")]
+    await produce(site, [click(user, item) for user, item in after])
+    assert_exact(await recommendations_for(site, len(kept + after)), kept + after, bundle)
+    wait_until(lambda: worker.lag() == 0, 20, worker.tail)  # the ends of transactions are no clicks
+
+
+async def test_a_record_that_is_large_only_when_unpacked_is_poison_and_stops_nobody(
+    site: Site, worker: WorkerProcess, bundle: Bundle
+) -> None:
+    large = b"x" * 5_000_000
+    client = AIOKafkaProducer(bootstrap_servers=site.bootstrap, compression_type="gzip", max_request_size=20_000_000)
+    async with client:
+        await client.send_and_wait(site.clicks, b"poison", large)
+        await client.send_and_wait(site.clicks, b"poison", b"u", headers=[("large", large)])
+        await client.send_and_wait(site.clicks, large, b"u")
+    clicks = [("u", "1")]
+    await produce(site, [click(user, item) for user, item in clicks])
+    assert_exact(await recommendations_for(site, 1), clicks, bundle)
+    letters = await read_until(site, site.dead_letters, lambda found: len(found) == 3)
+    assert all(letter.value is None for letter in letters)
+    assert {name for letter in letters for name, _ in letter.headers if name.endswith("left-out")} == {
+        f"__streams.errors.{part}-left-out" for part in ("key", "value", "headers")
+    }
+
+
 async def test_clicks_on_unknown_items_are_counted_and_advance_nobody(
     site: Site, worker: WorkerProcess, bundle: Bundle
 ) -> None:
@@ -332,6 +369,24 @@ async def test_a_broker_that_hangs_does_not_hold_up_the_shutdown(bundle_folder: 
                 assert worker.terminate(6) in {0, 1}, worker.tail()
             finally:
                 os.killpg(group, signal.SIGCONT)
+
+
+async def test_without_kafka_a_worker_is_not_ready_and_still_ends_in_time_with_one_line(
+    bundle_folder: Path, tmp_path: Path
+) -> None:
+    with LocalBroker(tmp_path / "kafka", port=0) as broker:
+        site = Site(broker.bootstrap, "app", bundle_folder, tmp_path)
+        site.create_topics()
+        with WorkerProcess(site, SHUTDOWN_SECONDS="4") as worker:
+            worker.wait_ready()
+            await produce(site, [click("u", "1")])
+            await recommendations_for(site, 1)
+            broker.kill()
+            wait_until(lambda: worker.ask("/ready") == 503, 30, worker.tail)
+            assert worker.ask("/live") == 200
+            assert worker.terminate(6) == 1
+            [line] = [line for line in worker.log.read_text().splitlines() if not line.startswith("{")]
+            assert "Kafka does not answer" in line
 
 
 def test_a_signal_before_kafka_answers_ends_the_start(bundle_folder: Path, tmp_path: Path) -> None:
@@ -455,6 +510,37 @@ async def test_a_clicks_topic_made_anew_is_refused_as_its_clicks_would_be_taken_
     with WorkerProcess(site, "again") as worker:
         assert worker.process.wait(40) == 1
         assert re.search(r"Error: .*source_log \w{32} \(here \w{32}\).*STREAM_APP_APP_ID", worker.tail())
+
+
+async def test_a_lost_changelog_is_refused_though_the_disk_is_lost_too(
+    site: Site, recreate: Callable[..., Awaitable[None]]
+) -> None:
+    await produce(site, [click("u", str(n)) for n in range(1, 20)])
+    with WorkerProcess(site) as worker:
+        await recommendations_for(site, 19)
+        assert worker.terminate() == 0
+    shutil.rmtree(site.folder / "state")
+    await recreate(site.changelog, partitions=site.partitions, cleanup_policy="compact")
+    refused = run_command(["worker"], site.environment(WEB_PORT="0"))
+    assert refused.returncode == 1
+    assert re.search(rf"Error: topic {site.changelog} was deleted and made anew.*STREAM_APP_APP_ID", refused.stderr)
+
+
+@pytest.mark.parametrize("topic", ["recommendations", "dead_letters", "changelog"])
+async def test_a_topic_made_anew_under_a_running_worker_ends_it_with_what_to_do(
+    site: Site, worker: WorkerProcess, recreate: Callable[..., Awaitable[None]], topic: str
+) -> None:
+    name = getattr(site, topic)
+    await recreate(name, partitions=2)
+    async with producer(site) as client:
+        key, value = click("u", "1")
+        while worker.process.poll() is None:
+            await client.send_and_wait(site.clicks, value, key)
+            await client.send_and_wait(site.clicks, b"poison", key)
+    assert worker.process.returncode == 1
+    line = worker.log.read_text().splitlines()[-1]
+    assert re.search(rf"Error: topic {name} was deleted", line), worker.tail()
+    assert ("STREAM_APP_APP_ID" in line) == (topic == "changelog")
 
 
 async def test_a_clicks_topic_made_anew_under_a_running_worker_ends_it(

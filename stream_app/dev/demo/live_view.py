@@ -56,7 +56,8 @@ class View:
         )
 
     def summary(self, board: Scoreboard, seconds: float) -> str:
-        rate = board.answered / seconds if seconds > 0 else math.nan
+        seconds = max(0.0, seconds)
+        rate = board.answered / seconds if seconds else 0.0
         lines = [
             f"{board.sent:,} clicks of {board.users:,} shoppers,"
             f" {board.answered:,} recommendations in {seconds:.1f} s: {rate:,.0f} clicks/s",

@@ -69,3 +69,7 @@ def test_the_summary_says_what_the_recall_counts(shop, board):
     assert "in 50.0% of 2 cases" in summary
     assert "next clicks on items new to their session" in summary
     assert "dead letters: 0" in summary
+
+
+def test_a_summary_of_no_time_at_all_counts_nothing(shop, board):
+    assert "in 0.0 s: 0 clicks/s" in View(shop, "127.0.0.1:9092", 3).summary(board, seconds=-0.001)

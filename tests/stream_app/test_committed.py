@@ -1,0 +1,67 @@
+"""What a group has committed, and in which changelog the states of it are."""
+
+from __future__ import annotations
+
+import pytest
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.structs import OffsetAndMetadata
+
+from stream_app.committed import commit_note, committed_offsets, verify_committed
+from stream_app.errors import BrokerUnavailable, TopicsError
+from stream_app.settings import Settings
+from stream_app.topic_metadata import NO_ID
+from stream_app.topics import FoundTopic
+
+OURS, OTHER = bytes(range(16)), bytes(range(1, 17))
+
+
+@pytest.fixture
+async def settings(bootstrap, create_topic, unique_name):
+    clicks = await create_topic("clicks", partitions=3)
+    return Settings(broker=bootstrap, app_id=unique_name("app"), clicks_topic=clicks, partitions=3)
+
+
+async def commit(settings, offsets):
+    """Partition → (offset, note)."""
+    async with AIOKafkaConsumer(bootstrap_servers=settings.broker, group_id=settings.app_id) as group:
+        places = {TopicPartition(settings.clicks_topic, partition): at for partition, at in offsets.items()}
+        group.assign(list(places))
+        await group.commit({place: OffsetAndMetadata(*at) for place, at in places.items()})
+
+
+def topics(settings, changelog_id):
+    return {settings.changelog_topic: FoundTopic(changelog_id, 3, "compact", 1_000_000)}
+
+
+async def test_a_group_that_was_never_there_has_committed_nothing(settings):
+    assert await committed_offsets(settings) == {}
+    await verify_committed(settings, topics(settings, OURS))
+
+
+async def test_offsets_come_with_their_notes(settings):
+    await commit(settings, {0: (7, "a note"), 2: (0, "")})
+    found = await committed_offsets(settings)
+    assert found == {0: OffsetAndMetadata(7, "a note"), 2: OffsetAndMetadata(0, "")}
+
+
+@pytest.mark.parametrize("note", [commit_note(OURS), "", commit_note(NO_ID)], ids=["ours", "none", "without ids"])
+async def test_offsets_of_this_changelog_or_of_none_that_is_known_are_taken(settings, note):
+    await commit(settings, {0: (7, commit_note(OURS)), 1: (5, note)})
+    await verify_committed(settings, topics(settings, OURS))
+
+
+async def test_offsets_of_another_changelog_are_refused_with_what_to_do(settings):
+    await commit(settings, {0: (7, commit_note(OURS)), 1: (5, commit_note(OTHER))})
+    with pytest.raises(TopicsError, match=rf"{settings.changelog_topic} was deleted and made anew.*STREAM_APP_APP_ID"):
+        await verify_committed(settings, topics(settings, OURS))
+    await verify_committed(settings, topics(settings, NO_ID))  # a Kafka without ids can't tell
+
+
+async def test_a_group_that_has_committed_no_click_has_lost_none(settings):
+    await commit(settings, {0: (0, commit_note(OTHER))})
+    await verify_committed(settings, topics(settings, OURS))
+
+
+async def test_a_kafka_that_does_not_answer_is_given_up_at_the_deadline(silent_port):
+    with pytest.raises(BrokerUnavailable, match=str(silent_port)):
+        await committed_offsets(Settings(broker=f"127.0.0.1:{silent_port}", broker_timeout_seconds=0.5))
