@@ -70,7 +70,7 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path, small_bundle):
 
 
 def test_the_root_of_all_folders_is_never_replaced(small_bundle):
-    with pytest.raises(BundleError, match="^/ "):
+    with pytest.raises(BundleError, match=r"^/ "):
         save_bundle(Path("/"), small_bundle)
 
 

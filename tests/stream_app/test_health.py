@@ -57,7 +57,10 @@ async def test_live_is_answered_whether_ready_or_not(get, worker, ready):
 
 
 async def test_ready_follows_the_worker(get, worker):
-    assert (await get("/ready"))[::2] == (503, "not ready: restoring states or rebalancing\n")
+    assert (await get("/ready"))[::2] == (
+        503,
+        "not ready: restoring states, rebalancing, or without an answer from Kafka\n",
+    )
     worker.ready = True
     assert (await get("/ready"))[::2] == (200, "ready\n")
     worker.ready = False
