@@ -27,7 +27,7 @@ demo: $(READY)  ## real Kafka, real clicks, live recommendations; CLICKS=5000 en
 	@exec $(BIN)/stream-app demo $(if $(CLICKS),--clicks $(CLICKS))
 
 test: $(READY)  ## every test, the fast ones first; T=tests/lrurec/test_model.py runs one file
-	$(BIN)/python -m pytest $(T)
+	$(BIN)/python -m pytest $(if $(T),$(T),--numprocesses 2 --dist worksteal)
 
 check: $(READY)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

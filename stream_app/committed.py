@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import (
@@ -41,16 +42,19 @@ async def committed_offsets(settings: Settings) -> dict[int, OffsetAndMetadata]:
 async def _fetch(
     admin: AIOKafkaAdminClient, group: str, partitions: list[TopicPartition]
 ) -> dict[TopicPartition, OffsetAndMetadata]:
-    """Kafka makes its topic of offsets when a group is first asked for. The caller holds the deadline."""
+    """The answer for every partition, -1 where nothing was committed. The caller holds the deadline.
+
+    Kafka makes its topic of offsets when a group is first asked for, and loads it then; aiokafka takes the refusal
+    meanwhile for an answer about no partition.
+    """
     while True:
-        try:
+        with suppress(GroupCoordinatorNotAvailableError, GroupLoadInProgressError, NotCoordinatorForGroupError):
             found: dict[TopicPartition, OffsetAndMetadata] = await admin.list_consumer_group_offsets(
                 group, partitions=partitions
             )
-        except (GroupCoordinatorNotAvailableError, GroupLoadInProgressError, NotCoordinatorForGroupError):
-            await asyncio.sleep(_POLL_SECONDS)
-        else:
-            return found
+            if len(found) == len(partitions):
+                return found
+        await asyncio.sleep(_POLL_SECONDS)
 
 
 async def verify_committed(settings: Settings, topics: Mapping[str, FoundTopic]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.structs import OffsetAndMetadata
 
 from stream_app.committed import commit_note, committed_offsets, verify_committed
@@ -23,7 +24,9 @@ async def settings(bootstrap, create_topic, unique_name):
 
 async def commit(settings, offsets):
     """Partition → (offset, note)."""
-    async with AIOKafkaConsumer(bootstrap_servers=settings.broker, group_id=settings.app_id) as group:
+    async with AIOKafkaConsumer(
+        bootstrap_servers=settings.broker, group_id=settings.app_id, enable_auto_commit=False
+    ) as group:
         places = {TopicPartition(settings.clicks_topic, partition): at for partition, at in offsets.items()}
         group.assign(list(places))
         await group.commit({place: OffsetAndMetadata(*at) for place, at in places.items()})
@@ -65,3 +68,17 @@ async def test_a_group_that_has_committed_no_click_has_lost_none(settings):
 async def test_a_kafka_that_does_not_answer_is_given_up_at_the_deadline(silent_port):
     with pytest.raises(BrokerUnavailable, match=str(silent_port)):
         await committed_offsets(Settings(broker=f"127.0.0.1:{silent_port}", broker_timeout_seconds=0.5))
+
+
+async def test_kafka_is_asked_again_while_it_loads_what_was_committed(settings, monkeypatch):
+    await commit(settings, {0: (7, "a note")})
+    asked = []
+    fetch = AIOKafkaAdminClient.list_consumer_group_offsets
+
+    async def refuse_twice(self, *arguments, **options):  # as aiokafka answers while the coordinator loads
+        asked.append(arguments)
+        return {} if len(asked) < 3 else await fetch(self, *arguments, **options)
+
+    monkeypatch.setattr(AIOKafkaAdminClient, "list_consumer_group_offsets", refuse_twice)
+    assert await committed_offsets(settings) == {0: OffsetAndMetadata(7, "a note")}
+    assert len(asked) == 3

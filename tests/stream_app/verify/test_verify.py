@@ -76,7 +76,9 @@ class Stage:
 
     async def commit(self, partition: int, offset: int) -> None:
         """Acknowledge clicks in the group's name, without having worked on them."""
-        group = AIOKafkaConsumer(bootstrap_servers=self.site.bootstrap, group_id=self.site.name)
+        group = AIOKafkaConsumer(
+            bootstrap_servers=self.site.bootstrap, group_id=self.site.name, enable_auto_commit=False
+        )
         await group.start()
         try:
             place = TopicPartition(self.site.clicks, partition)
