@@ -126,9 +126,10 @@ class UserStateStore(SerializedStore):
             StateError: as for `persist`; or somebody else has written to the changelog since the last time.
         """
         last = self.persisted_offset(TP("", partition))
-        if last is not None and offsets.start != last + 1:
+        if last is not None and offsets.start > last + 1:
             raise foreign_record(partition, last + 1)
-        self.persist(partition, rows, offsets[-1])
+        if last is None or offsets[-1] > last:  # else a recovery has read them back meanwhile
+            self.persist(partition, rows, offsets[-1])
 
     # -- what Faust uses
 

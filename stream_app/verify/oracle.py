@@ -180,7 +180,7 @@ def _note_recommendation(
     try:
         document = orjson.loads(entry.payload)
         source = document["source"]
-        partition, offset = int(source["partition"]), int(source["offset"])
+        partition, offset, _ = int(source["partition"]), int(source["offset"]), int(document["clicks"])
         del document["generated_at_ms"]
         ours = source["topic"] == expected.clicks_topic and document["user_id"].encode() == entry.key
     except (ValueError, KeyError, TypeError, AttributeError):

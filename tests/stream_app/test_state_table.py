@@ -630,6 +630,12 @@ async def test_a_record_of_somebody_else_between_ones_own_is_noticed_and_nothing
     assert read_all(store) == ({b"a": state(2)}, 5)
 
 
+async def test_what_a_recovery_has_read_back_meanwhile_is_not_written_again(store):
+    restore(store, changelog_event(store, [(b"a", state(1)), (b"a", state(2))], 5))
+    store.persist_appended(0, [(b"a", state(1))], range(4, 5))
+    assert read_all(store) == ({b"a": state(2)}, 5)
+
+
 async def test_a_failure_to_append_ends_the_worker(tmp_path):
     async def refuse(partition, rows):
         raise StateError("refused")
