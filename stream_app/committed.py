@@ -6,15 +6,17 @@ import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
 
+from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import (
     GroupCoordinatorNotAvailableError,
     GroupLoadInProgressError,
+    KafkaError,
     NotCoordinatorForGroupError,
 )
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
-from stream_app.errors import TopicsError
+from stream_app.errors import BrokerUnavailable, TopicsError
 from stream_app.settings import Settings
 from stream_app.topic_metadata import NO_ID
 from stream_app.topics import FoundTopic, admin_client
@@ -58,18 +60,45 @@ async def _fetch(
 
 
 async def verify_committed(settings: Settings, topics: Mapping[str, FoundTopic]) -> None:
-    """Refuse to go on behind clicks whose states were in a changelog that is gone.
+    """Refuse to go on where clicks would be taken for worked off, or the states of those that are have gone.
 
     Raises:
-        TopicsError: the group's offsets were committed with another changelog than the one that is there.
+        TopicsError: the group's offsets were committed with another changelog than the one that is there, or lie beyond
+            the end of the clicks.
         BrokerUnavailable: as `committed_offsets`.
     """
+    committed = {partition: at for partition, at in (await committed_offsets(settings)).items() if at.offset > 0}
     ours = topics[settings.changelog_topic].id
-    notes = {committed.metadata for committed in (await committed_offsets(settings)).values() if committed.offset > 0}
-    known = {note for note in notes if note and note != commit_note(NO_ID)}
+    known = {at.metadata for at in committed.values() if at.metadata and at.metadata != commit_note(NO_ID)}
     if ours != NO_ID and known - {commit_note(ours)}:
         raise TopicsError(
             f"topic {settings.changelog_topic} was deleted and made anew: the states of the clicks that group"
             f" {settings.app_id} has worked off are gone; go on with a new STREAM_APP_APP_ID, which begins with new"
             " states"
         )
+    ends = await _ends(settings, list(committed)) if committed else {}
+    for partition, end in ends.items():
+        if committed[partition].offset > end:
+            raise TopicsError(
+                f"group {settings.app_id} has committed offset {committed[partition].offset} of partition {partition}"
+                f" of topic {settings.clicks_topic}, which ends at {end}: Kafka has lost clicks, or somebody has moved"
+                " the group, and new clicks would be passed over; move the group back (kafka-consumer-groups.sh"
+                " --reset-offsets --to-earliest is always right), or, if the log was lost, take a new"
+                " STREAM_APP_APP_ID"
+            )
+
+
+async def _ends(settings: Settings, partitions: list[int]) -> dict[int, int]:
+    """The offset that the next click of each partition gets."""
+    consumer = AIOKafkaConsumer(**settings.kafka_client(), enable_auto_commit=False)
+    try:
+        async with asyncio.timeout(settings.broker_timeout_seconds):
+            await consumer.start()
+            ends = await consumer.end_offsets([TopicPartition(settings.clicks_topic, number) for number in partitions])
+    except (KafkaError, TimeoutError) as error:
+        raise BrokerUnavailable(
+            f"Kafka at {settings.broker} did not tell where {settings.clicks_topic} ends: {error!r}; is it up?"
+        ) from None
+    finally:
+        await consumer.stop()
+    return {tp.partition: end for tp, end in ends.items()}

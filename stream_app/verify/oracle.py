@@ -76,6 +76,10 @@ class Expectations:
     """Whether the recommendations topic still holds one for each click."""
     from_the_beginning: bool
     """Whether the log of clicks still holds them all."""
+    recommendations_kept: bool
+    """Whether nothing was deleted from the beginning of the recommendations."""
+    letters_kept: bool
+    """Whether nothing was deleted from the beginning of the dead letters."""
 
 
 class _Click(NamedTuple):
@@ -94,8 +98,10 @@ class _User:
     newest_offset: int = -2
     newest_state: bytes | None = None
     """Of all states the one with the highest source_offset, whatever their order in the changelog."""
-    sources: dict[int, bytes] = field(default_factory=dict)
-    """Offset of the click → digest of its recommendation."""
+    last_offset: int = -2
+    """source_offset of the last state in the changelog, the one that compaction keeps."""
+    sources: dict[int, tuple[bytes, dict[str, Any]]] = field(default_factory=dict)
+    """Offset of the click → digest of its recommendation, and its fields without the items."""
     last: dict[str, Any] | None = None
     """The recommendation of the latest click that has one."""
     numbers: dict[int, int] = field(default_factory=dict)
@@ -129,7 +135,8 @@ def _check_letters(
     report.dead_letters += sum(len(found) for found in letters.values())
     for place, digest in poison.items():
         partition, offset = map(int, place.split(b"/"))
-        if place not in letters and offset < expected.committed.get(partition, 0):
+        missing = place not in letters and expected.letters_kept
+        if missing and offset < expected.committed.get(partition, 0):
             report.fault("missing_dead_letters", f"the record at {_place(expected, partition, offset)} is no click")
         if any(found not in {digest, b""} for found in letters.get(place, ())):  # none: too large for its topic
             report.fault("wrong_dead_letters", f"other bytes than those at {_place(expected, partition, offset)}")
@@ -166,6 +173,7 @@ def _user(users: dict[tuple[int, bytes], _User], partition: int, key: bytes) -> 
 def _note_state(user: _User, entry: Entry, report: Report) -> None:
     report.states += 1
     source_offset = source_offset_of(entry.payload)
+    user.last_offset = -2 if source_offset is None else source_offset
     if source_offset is None:
         report.fault("wrong_states", f"{user.name}: the bytes at changelog offset {entry.offset} are no user state")
     elif source_offset >= user.newest_offset:
@@ -180,9 +188,12 @@ def _note_recommendation(
     try:
         document = orjson.loads(entry.payload)
         source = document["source"]
-        partition, offset, _ = int(source["partition"]), int(source["offset"]), int(document["clicks"])
+        partition, offset, clicks = source["partition"], source["offset"], document["clicks"]
         del document["generated_at_ms"]
         ours = source["topic"] == expected.clicks_topic and document["user_id"].encode() == entry.key
+        digest = hashlib.sha256(orjson.dumps(document, option=orjson.OPT_SORT_KEYS)).digest()
+        if {type(partition), type(offset), type(clicks)} != {int}:
+            raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError):
         report.fault("wrong_recommendations", f"{where} does not keep to its schema")
         return
@@ -190,14 +201,13 @@ def _note_recommendation(
         report.fault("wrong_recommendations", f"{where} has another user's key, or answers another topic")
         return
     user = _user(users, partition, entry.key)
-    digest = hashlib.sha256(orjson.dumps(document, option=orjson.OPT_SORT_KEYS)).digest()
     if offset in user.sources:
         report.repeated_recommendations += 1
-        if user.sources[offset] != digest:
+        if user.sources[offset][0] != digest:
             report.fault(
                 "conflicting_recommendations", f"{user.name}: two for the click at offset {offset}, the later {where}"
             )
-    user.sources[offset] = digest
+    user.sources[offset] = digest, {name: document.get(name) for name in ("source", "clicks", "model_version")}
     if user.last is None or offset >= user.last["source"]["offset"]:
         user.last = document
 
@@ -219,10 +229,13 @@ def _check_users(users: Mapping[tuple[int, bytes], _User], expected: Expectation
     for (partition, _), user in users.items():
         report.users += 1
         report.clicks += len(user.clicks)
+        report.overtaken_users += user.last_offset < user.newest_offset
         if _is_cut_off(user, expected):
             report.unverifiable_users += 1
             continue
         committed = sum(click.offset < expected.committed.get(partition, 0) for click in user.clicks)
+        report.acknowledged_clicks += committed
+        report.verified_users += bool(committed or user.newest_state or user.last)
         _check_presence(user, committed, expected, report)
         questions += _questions_of(user, committed, expected, report)
     for asked, states, encodings in _answers(questions, expected.bundle.model):
@@ -240,14 +253,17 @@ def _is_cut_off(user: _User, expected: Expectations) -> bool:
 
 
 def _check_presence(user: _User, committed: int, expected: Expectations, report: Report) -> None:
+    """Every recommendation answers a click and says which; every click that is looked up has one."""
     looked_up = user.clicks[:committed] if expected.every_click else user.clicks[max(0, committed - 1) : committed]
     answered = max(user.sources, default=-1)
-    for click in looked_up:
+    for click in looked_up if expected.recommendations_kept else ():
         if click.offset not in user.sources and (expected.every_click or answered < click.offset):
             report.fault("missing_recommendations", f"{user.name}: none for the click at offset {click.offset}")
-    for offset in user.sources:
-        if offset not in user.numbers:
+    for offset, (_, fields) in user.sources.items():
+        if (number := user.numbers.get(offset)) is None:
             report.fault("wrong_recommendations", f"{user.name}: one for offset {offset}, which holds no click of his")
+        elif fault := _fault_of_fields(fields, user.clicks[number - 1], number, expected):
+            report.fault("wrong_recommendations", f"{user.name}: {fault}")
 
 
 def _questions_of(user: _User, committed: int, expected: Expectations, report: Report) -> Iterator[_Question]:
@@ -263,10 +279,7 @@ def _questions_of(user: _User, committed: int, expected: Expectations, report: R
     else:
         of_state = user.state.clicks
     if user.last is not None and (number := user.numbers.get(user.last["source"]["offset"])) is not None:
-        if fault := _fault_of_list(user.last, user.clicks[number - 1], number, expected):
-            report.fault("wrong_recommendations", f"{user.name}: {fault}")
-        else:
-            of_list = number
+        of_list = number
     for clicks in {number for number in (of_state, of_list) if number is not None}:
         yield _Question(user, clicks, about_state=clicks == of_state, about_list=clicks == of_list)
 
@@ -291,17 +304,17 @@ def _fault_of_state(user: _User, state: StoredState, committed: int, expected: E
     return f"its {wrong[0]} is {found[wrong[0]]}, and should be {wanted[wrong[0]]}" if wrong else None
 
 
-def _fault_of_list(recommendation: dict[str, Any], click: _Click, number: int, expected: Expectations) -> str | None:
-    """What of a recommendation is wrong without a look at its items."""
+def _fault_of_fields(fields: dict[str, Any], click: _Click, number: int, expected: Expectations) -> str | None:
+    """What of a recommendation is wrong beside its items."""
     source = {
         "topic": expected.clicks_topic,
-        "partition": recommendation["source"]["partition"],
+        "partition": fields["source"]["partition"],
         "offset": click.offset,
         "timestamp_ms": click.timestamp_ms,
     } | ({} if click.event_id is None else {"event_id": click.event_id})
     wanted = {"source": source, "clicks": number, "model_version": expected.bundle.version}
-    wrong = [name for name in wanted if recommendation.get(name) != wanted[name]]
-    return f"{wrong[0]} is {recommendation.get(wrong[0])}, and should be {wanted[wrong[0]]}" if wrong else None
+    wrong = [name for name in wanted if fields[name] != wanted[name]]
+    return f"{wrong[0]} is {fields[wrong[0]]}, and should be {wanted[wrong[0]]}" if wrong else None
 
 
 # -- asking the model

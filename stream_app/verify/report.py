@@ -25,6 +25,10 @@ class Report:
 
     users: int = 0
     clicks: int = 0
+    verified_users: int = 0
+    """Those of whom something could be compared."""
+    acknowledged_clicks: int = 0
+    """Theirs before the group's committed offsets."""
     unknown_items: int = 0
     poison: int = 0
     states: int = 0
@@ -33,6 +37,8 @@ class Report:
     dead_letters: int = 0
     unverifiable_users: int = 0
     """Their first clicks are no longer in the log."""
+    overtaken_users: int = 0
+    """Their last state in the changelog is older than their newest; whoever restores them appends that once more."""
     every_click: bool = True
     """Whether every click was looked up among the recommendations, or each user's last alone."""
     worst_state_error: float = 0.0
@@ -50,8 +56,13 @@ class Report:
             self.differences.append(f"{name.replace('_', ' ')}: {detail}")
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there are clicks and none of them could be verified."""
+        return bool(self.clicks) and not self.verified_users
+
+    @property
     def clean(self) -> bool:
-        return not any(self.faults.values())
+        return not self.is_empty and not any(self.faults.values())
 
     def as_json(self) -> dict[str, object]:
         """Every count by its name; `faults` by theirs."""
@@ -63,15 +74,21 @@ class Report:
             "every click's" if self.every_click else "each user's last (the topic is compacted, or PUBLISH=latest)"
         )
         lines = [
-            f"{self.clicks:,} clicks of {self.users:,} users; {self.unknown_items:,} more on unknown items",
+            f"{self.clicks:,} clicks of {self.users:,} users; {self.verified_users:,} users verified, with"
+            f" {self.acknowledged_clicks:,} acknowledged clicks; {self.unknown_items:,} more on unknown items",
             f"{self.states:,} states; furthest from the parallel form: {self.worst_state_error:.2e} of its size",
             f"{self.recommendations:,} recommendations, {self.repeated_recommendations:,} of them repeated; looked up:"
-            f" {looked_up}; furthest score: {self.worst_score_error:.2e} standard deviations",
+            f" {looked_up}; each user's last list is the model's, furthest score:"
+            f" {self.worst_score_error:.2e} standard deviations",
             f"{self.poison:,} records that are no clicks, {self.dead_letters:,} dead letters",
         ]
         if self.unverifiable_users:
             lines.append(f"{self.unverifiable_users:,} users have clicks that the log no longer holds: not verified")
+        if self.overtaken_users:
+            lines.append(
+                f"{self.overtaken_users:,} users' last state in the changelog is not their newest: restart a worker"
+            )
         lines += [f"{count:,} {name.replace('_', ' ')}" for name, count in self.faults.items()]
         lines += self.differences
-        lines.append("clean" if self.clean else "NOT CLEAN")
+        lines.append("clean" if self.clean else "NOTHING VERIFIED" if self.is_empty else "NOT CLEAN")
         return "\n".join(lines)

@@ -68,7 +68,7 @@ async def verify(settings: Settings, sample: float = 1.0, tell: Callable[[str], 
         rows = {item_id: row for row, item_id in enumerate(bundle.catalogue.item_ids, start=1)}
         await reading.values(settings.changelog_topic, Kind.STATE)
         recommendations = await reading.values(settings.recommendations_topic, Kind.RECOMMENDATION)
-        await reading.letters()
+        letters = await reading.letters()
         clicks = await reading.clicks(rows, report)
         report.every_click = recommendations.whole and settings.publish == "each"
         expected = Expectations(
@@ -81,6 +81,8 @@ async def verify(settings: Settings, sample: float = 1.0, tell: Callable[[str], 
             settings.exclude_seen,
             report.every_click,
             clicks.from_the_beginning,
+            recommendations.from_the_beginning,
+            letters.from_the_beginning,
         )
         tell("comparing")
         for entries in ledger.buckets():
@@ -99,12 +101,12 @@ class _Reading:
 
     async def values(self, topic: str, kind: Kind) -> _Log:
         def note(record: ConsumerRecord) -> None:
-            if record.key is not None and record.value is not None:
-                self._add(Entry(kind, record.partition, record.offset, record.key, record.value))
+            # Neither topic holds tombstones: one is no state and no recommendation.
+            self._add(Entry(kind, record.partition, record.offset, record.key or b"", record.value or b""))
 
         return await self._read(topic, note)
 
-    async def letters(self) -> None:
+    async def letters(self) -> _Log:
         def note(record: ConsumerRecord) -> None:
             headers = dict(record.headers)
             if (
@@ -117,7 +119,7 @@ class _Reading:
                 digest = bytes_digest(record.key, record.value) if whole else b""
                 self._add(Entry(Kind.LETTER, 0, 0, place, digest))
 
-        await self._read(self.settings.dead_letter_topic, note)
+        return await self._read(self.settings.dead_letter_topic, note)
 
     async def clicks(self, rows: dict[str, int], report: Report) -> _Log:
         def note(record: ConsumerRecord) -> None:

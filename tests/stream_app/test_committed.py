@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.structs import OffsetAndMetadata
 
@@ -19,6 +19,10 @@ OURS, OTHER = bytes(range(16)), bytes(range(1, 17))
 @pytest.fixture
 async def settings(bootstrap, create_topic, unique_name):
     clicks = await create_topic("clicks", partitions=3)
+    async with AIOKafkaProducer(bootstrap_servers=bootstrap) as producer:
+        for partition in range(3):
+            for _ in range(8):
+                await producer.send_and_wait(clicks, b"a click", partition=partition)
     return Settings(broker=bootstrap, app_id=unique_name("app"), clicks_topic=clicks, partitions=3)
 
 
@@ -68,6 +72,14 @@ async def test_a_group_that_has_committed_no_click_has_lost_none(settings):
 async def test_a_kafka_that_does_not_answer_is_given_up_at_the_deadline(silent_port):
     with pytest.raises(BrokerUnavailable, match=str(silent_port)):
         await committed_offsets(Settings(broker=f"127.0.0.1:{silent_port}", broker_timeout_seconds=0.5))
+
+
+async def test_offsets_beyond_the_end_of_the_clicks_are_refused_with_what_to_do(settings):
+    await commit(settings, {0: (8, commit_note(OURS)), 1: (9, commit_note(OURS))})
+    with pytest.raises(
+        TopicsError, match=rf"offset 9 of partition 1 of topic {settings.clicks_topic}, which ends at 8"
+    ):
+        await verify_committed(settings, topics(settings, OURS))
 
 
 async def test_kafka_is_asked_again_while_it_loads_what_was_committed(settings, monkeypatch):

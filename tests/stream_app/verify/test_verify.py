@@ -122,6 +122,7 @@ async def test_a_workers_work_is_proven_and_every_kind_of_fault_in_it_found(stag
     assert report.clean, report.as_text()
     assert (report.clicks, report.unknown_items, report.poison, report.dead_letters) == (400, 1, 4, 4)
     assert (report.users, report.states >= report.users, report.recommendations) == (40, True, 400)
+    assert (report.verified_users, report.acknowledged_clicks, report.overtaken_users) == (40, 400, 0)
     assert report.every_click
     expected: Counter[str] = Counter()
     for spoil in SPOILS:
@@ -187,6 +188,37 @@ async def acknowledge_records_without_working_on_them(stage: Stage) -> dict[str,
     return {"missing_states": 1, "missing_recommendations": 1, "missing_dead_letters": 1}
 
 
+async def change_an_old_recommendation(stage: Stage) -> dict[str, int]:
+    """Not the last of its user: nobody computes its items, but what it says of its click is looked at."""
+    found = await read_topic(stage.site, stage.site.recommendations)
+    [*_, old, _] = [json.loads(record.value) for record in found if record.key == b"user-3"]
+    place = next(record for record in found if json.loads(record.value) == old)
+    spoilt = json.dumps(old | {"clicks": 10_000}).encode()
+    await stage.write(stage.site.recommendations, place.partition, place.key, spoilt)
+    return {"conflicting_recommendations": 1, "wrong_recommendations": 1}
+
+
+async def write_what_is_no_recommendation(stage: Stage) -> dict[str, int]:
+    document = json.loads((await stage.newest(stage.site.recommendations, 3)).value)
+    source = document["source"]
+    nonsense = [
+        json.dumps(document | {"source": source | {"offset": str(source["offset"])}}).encode(),
+        json.dumps(document | {"clicks": None}).encode(),
+        b'{"user_id":' + b"[" * 500 + b"]" * 500 + b"}",
+        b"[]",
+        None,
+    ]
+    for value in nonsense:
+        await stage.write(stage.site.recommendations, 0, document["user_id"].encode(), value)
+    return {"wrong_recommendations": len(nonsense)}
+
+
+async def write_a_tombstone(stage: Stage) -> dict[str, int]:
+    record = await stage.newest(stage.site.changelog, 5)
+    await stage.write(stage.site.changelog, record.partition, record.key, None)
+    return {"wrong_states": 1}
+
+
 async def change_the_bytes_of_a_dead_letter(stage: Stage) -> dict[str, int]:
     letter = await stage.newest(stage.site.dead_letters, 0)
     await stage.write(stage.site.dead_letters, 0, letter.key, b"other bytes", letter.headers)
@@ -200,6 +232,9 @@ SPOILS = (
     exchange_two_items,
     repeat_a_recommendation_at_another_time,
     recommend_after_a_click_that_nobody_made,
+    change_an_old_recommendation,
+    write_what_is_no_recommendation,
+    write_a_tombstone,
     acknowledge_records_without_working_on_them,
     change_the_bytes_of_a_dead_letter,
 )
@@ -224,6 +259,30 @@ async def test_users_whose_first_clicks_are_gone_are_counted_and_not_blamed(
     report = await stage.verify()
     assert report.unverifiable_users > 0
     assert faults_of(report) == {}, report.as_text()
+
+
+async def test_an_old_state_that_is_the_last_of_its_user_is_told(stage: Stage) -> None:
+    busy = await stage.newest(stage.site.changelog, 0)
+    old = busy.value[:32] + bytes(8) + busy.value[40:]  # source_offset 0
+    await stage.write(stage.site.changelog, busy.partition, busy.key, old)
+    report = await stage.verify()
+    assert report.clean, report.as_text()
+    assert report.overtaken_users == 1
+    assert "1 users' last state in the changelog is not their newest" in report.as_text()
+
+
+async def test_clicks_of_which_none_is_acknowledged_prove_nothing(
+    bootstrap: str, unique_name: Callable[[str], str], bundle_folder: Path, tmp_path: Path
+) -> None:
+    site = Site(bootstrap, unique_name("app"), bundle_folder, tmp_path, partitions=3)
+    site.create_topics()
+    settings = Settings.from_environment(site.environment())
+    empty = await verify(settings)
+    assert empty.clean
+    await produce(site, records(seed=3))
+    report = await verify(settings)
+    assert not report.clean
+    assert report.as_text().endswith("NOTHING VERIFIED")
 
 
 async def test_a_running_worker_is_verified_without_stopping_it(
