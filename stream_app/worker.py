@@ -39,11 +39,9 @@ _PROGRESS_SECONDS = 10.0
 #: Seconds between looks at whether the topics are still the same.
 _TOPICS_SECONDS = 10.0
 
-#: Seconds kept of the shutdown's for leaving the group when draining fails.
+#: Seconds kept of the shutdown's, at most: for the reason and for leaving the group when draining fails, else for
+#: closing connections.
 _LEAVING_SECONDS = 3.0
-
-#: Seconds for closing connections when all is done.
-_CLOSING_SECONDS = 2.0
 
 #: Seconds beyond a request's deadline that a worker may be neither ready nor restoring: joining a group waits for the
 #: other members, for a minute at most.
@@ -84,7 +82,7 @@ async def _run(settings: Settings) -> None:
         pass
     finally:
         with suppress(TimeoutError):  # nothing is under way any more that could be lost
-            async with asyncio.timeout(_CLOSING_SECONDS):
+            async with asyncio.timeout(_leaving_seconds(settings)):
                 await parts.publisher.stop()
                 await parts.health.stop()
     log.info("stopped", clicks=int(value(parts.metrics.applied)))
@@ -117,19 +115,23 @@ async def _work(parts: Parts, stop: asyncio.Event, topics: Mapping[str, FoundTop
     starting = asyncio.create_task(parts.app.start(), name="start")  # ends when the states are restored
     stuck = asyncio.create_task(_until_stuck(parts, settings.broker_timeout_seconds + _STUCK_SECONDS), name="stuck")
     changed = asyncio.create_task(watch_topics(settings, topics, _TOPICS_SECONDS), name="topics")
-    leaving_seconds = min(_LEAVING_SECONDS, settings.shutdown_seconds / 4)
+    leaving_seconds = _leaving_seconds(settings)
     try:
         await _until_stopped(parts, stop, starting, {pipeline, progress, stuck, changed})
         await _drain(parts, pipeline, settings.shutdown_seconds - leaving_seconds)
     except Exception as error:  # noqa: BLE001  (whatever it is, going on could lose or double clicks)
         # A topic that is no longer the same shows in many ways before the watch looks again.
-        cause = error if isinstance(error, TopicsError) else await find_change(settings, topics, leaving_seconds)
-        await _end_process(parts, cause or error, leaving_seconds)
+        cause = error if isinstance(error, TopicsError) else await find_change(settings, topics, leaving_seconds / 2)
+        await _end_process(parts, cause or error, leaving_seconds / 2)
     finally:
         others = (progress, stuck, changed, pipeline)
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+
+
+def _leaving_seconds(settings: Settings) -> float:
+    return min(_LEAVING_SECONDS, settings.shutdown_seconds / 4)
 
 
 def _stop_on_signals() -> asyncio.Event:

@@ -384,7 +384,7 @@ async def test_without_kafka_a_worker_is_not_ready_and_still_ends_in_time_with_o
             broker.kill()
             wait_until(lambda: worker.ask("/ready") == 503, 30, worker.tail)
             assert worker.ask("/live") == 200
-            assert worker.terminate(6) == 1
+            assert worker.terminate(4.5) == 1  # half a second for a busy machine
             [line] = [line for line in worker.log.read_text().splitlines() if not line.startswith("{")]
             assert "Kafka does not answer" in line
 
