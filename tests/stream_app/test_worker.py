@@ -357,7 +357,7 @@ async def test_a_broker_that_hangs_does_not_hold_up_the_shutdown(bundle_folder: 
     with LocalBroker(tmp_path / "kafka", port=0) as broker:
         site = Site(broker.bootstrap, "app", bundle_folder, tmp_path)
         site.create_topics()
-        with WorkerProcess(site, SHUTDOWN_SECONDS="4") as worker:
+        with WorkerProcess(site, SHUTDOWN_SECONDS="8") as worker:
             worker.wait_ready()
             await produce(site, [click("u", "1")])
             await recommendations_for(site, 1)
@@ -366,7 +366,7 @@ async def test_a_broker_that_hangs_does_not_hold_up_the_shutdown(bundle_folder: 
             group = os.getpgid(broker.process.pid)
             os.killpg(group, signal.SIGSTOP)
             try:
-                assert worker.terminate(6) in {0, 1}, worker.tail()
+                assert worker.terminate(9.5) in {0, 1}, worker.tail()  # the rest for a busy machine
             finally:
                 os.killpg(group, signal.SIGCONT)
 
@@ -384,7 +384,7 @@ async def test_without_kafka_a_worker_is_not_ready_and_still_ends_in_time_with_o
             broker.kill()
             wait_until(lambda: worker.ask("/ready") == 503, 30, worker.tail)
             assert worker.ask("/live") == 200
-            assert worker.terminate(4.5) == 1  # half a second for a busy machine
+            assert worker.terminate(6) == 1
             [line] = [line for line in worker.log.read_text().splitlines() if not line.startswith("{")]
             assert "Kafka does not answer" in line
 
