@@ -30,6 +30,7 @@ import torch
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
+from benchmarks.machine import processor
 from lrurec.bundle import make_bundle, save_bundle
 from lrurec.catalogue import Catalogue
 from lrurec.config import LRURecConfig
@@ -81,15 +82,6 @@ def report(rates: Mapping[str, list[float]], options: Mapping[str, int]) -> None
     print(
         json.dumps({"benchmark": "backlog", **options, "clicks_per_second": rates, "ratio": statistics.median(ratios)})
     )
-
-
-def processor() -> str:
-    """The processor's name, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def write_bundle(folder: Path, items: int) -> None:

@@ -1,11 +1,25 @@
 """Full softmax cross entropy that never holds more than a tile of scores."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from llvmlite import binding
 from torch import Tensor
 
-SCORES_PER_TILE = 1 << 22
-"""16 MiB of float32 scores at a time; for a video batch of 1,200 labels and 24K items all of them would be 110 MiB."""
+from lrurec import loss_kernels
+from lrurec.presets import GradientPrecision
+
+SCORES_PER_TILE = 1 << 24
+"""Scores held at a time: 64 MiB in float32, 32 MiB in bfloat16. All of a beauty batch (700 labels) would be 40M."""
+
+ROWS_PER_TILE = 512
+"""At most: the scores of a few hundred rows and a thousand items fit a core's cache."""
 
 
 def softmax_cross_entropy(
@@ -14,14 +28,16 @@ def softmax_cross_entropy(
     bias: Float[Tensor, " v"],
     labels: Int64[Tensor, " n"],
     smoothing: float = 0.0,
+    precision: GradientPrecision = "float32",
 ) -> Float[Tensor, ""]:
     """Mean over n of the cross entropy, in nats, of softmax(E x + bias) and the label.
 
         loss_i = log Σ_v exp s_iv - (1 - ε) s_i,label - ε mean_v s_iv        ε = smoothing
 
     The gradient, softmax minus the smoothed label, is computed tile by tile beside the loss: scores aren't kept.
+    `precision` matters for float32 on a CPU; otherwise everything is computed as the arguments are.
     """
-    result: Tensor = _SoftmaxCrossEntropy.apply(encodings, weight, bias, labels, smoothing)
+    result: Tensor = _SoftmaxCrossEntropy.apply(encodings, weight, bias, labels, smoothing, precision)
     return result
 
 
@@ -34,37 +50,135 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
         bias: Tensor,
         labels: Tensor,
         smoothing: float,
+        precision: GradientPrecision,
     ) -> Tensor:
-        grad_encodings = torch.empty_like(encodings)
-        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        total = encodings.new_zeros(())
-        rows_per_tile = max(1, SCORES_PER_TILE // len(weight))
-        for start in range(0, len(encodings), rows_per_tile):
-            rows = slice(start, start + rows_per_tile)
-            loss, grad_scores = _tile(torch.addmm(bias, encodings[rows], weight.T), labels[rows], smoothing)
-            total += loss
-            grad_scores /= len(encodings)
-            torch.mm(grad_scores, weight, out=grad_encodings[rows])
-            grad_weight.addmm_(grad_scores.T, encodings[rows])
-            grad_bias += grad_scores.sum(0)
+        n, num_rows = len(encodings), len(weight)
+        scores = _scores_of(weight, bias, precision)
+        own = (encodings * weight[labels]).sum(1) + bias[labels]
+        grad_encodings, grad_weight, grad_bias = map(torch.zeros_like, (encodings, weight, bias))
+        loss = encodings.new_zeros(())
+        size = max(1, min(ROWS_PER_TILE, SCORES_PER_TILE // num_rows))
+        for start in range(0, n, size):
+            rows = slice(start, start + size)
+            values, totals, shift = scores.exponentials(encodings[rows], own[rows])
+            loss += (totals.log() + shift - own[rows]).sum()
+            scale = (1 / (n * totals))[:, None]
+            grad_encodings[rows] = (values @ scores.factor) * scale
+            # The column of scales beside the encodings gives the gradient of the bias by the same product.
+            scaled = torch.cat([encodings[rows] * scale, scale], 1).to(values.dtype)
+            by_item = values.T @ scaled
+            grad_weight += by_item[:, :-1]
+            grad_bias += by_item[:, -1]
+        kept = (1 - smoothing) / n
+        grad_encodings.sub_(weight[labels], alpha=kept)
+        grad_weight.index_add_(0, labels, encodings, alpha=-kept)
+        grad_bias.index_add_(0, labels, torch.full_like(own, -kept))
+        if smoothing:
+            # The mean score is the score of the mean item: no pass over the scores.
+            mean_weight, mean_bias = weight.mean(0), bias.mean()
+            loss += smoothing * (own - encodings @ mean_weight - mean_bias).sum()
+            grad_encodings.sub_(mean_weight, alpha=smoothing / n)
+            grad_weight.sub_(encodings.mean(0), alpha=smoothing / num_rows)
+            grad_bias.sub_(smoothing / num_rows)
         ctx.save_for_backward(grad_encodings, grad_weight, grad_bias)
-        return total / len(encodings)
+        return loss / n
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         grad_encodings, grad_weight, grad_bias = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad * grad_encodings, grad * grad_weight, grad * grad_bias, None, None
+        return grad * grad_encodings, grad * grad_weight, grad * grad_bias, None, None, None
 
 
-def _tile(scores: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """The summed loss of a tile, and its gradient by the scores, which are overwritten by it."""
-    total = scores.logsumexp(1, keepdim=True)
-    own = scores.gather(1, labels[:, None])
-    loss = (total - (1 - smoothing) * own).sum()
-    if smoothing:
-        loss = loss - smoothing * scores.mean(1).sum()
-    grad = scores.sub_(total).exp_()
-    if smoothing:
-        grad -= smoothing / scores.shape[1]
-    grad.scatter_add_(1, labels[:, None], torch.full_like(own, smoothing - 1))
-    return loss, grad
+class _Exponentials(NamedTuple):
+    """exp(s_iv - shift_i) of a tile of r rows, and each row's sum."""
+
+    values: Tensor
+    """(r, v), as the products of the gradient take them; good until the next tile."""
+
+    totals: Tensor
+    shift: Tensor
+
+
+class _Scores:
+    """E x + bias by torch's operators."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self._weight, self._bias = weight, bias
+        self.factor = weight
+        """E, as the products of the gradient take it."""
+
+    def exponentials(self, encodings: Tensor, own: Tensor) -> _Exponentials:
+        """Of a tile of encodings and the scores of their labels. The shift is the greatest score."""
+        scores = torch.addmm(self._bias, encodings, self._weight.T)
+        shift = scores.amax(1)
+        values = scores.sub_(shift[:, None]).exp_()
+        return _Exponentials(values, values.sum(1), shift)
+
+
+class _CompiledScores(_Scores):
+    """E x + bias in float32 by compiled loops, whose threads share out the items."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, *, half: bool) -> None:
+        super().__init__(weight, bias)
+        self.factor = weight.to(torch.bfloat16 if half else torch.float32)
+        self._kernel = loss_kernels.exponentiate_to_bfloat16 if half else loss_kernels.exponentiate
+        self._table = weight.detach().contiguous().numpy(), bias.detach().contiguous().numpy()
+        self._ranges = _item_ranges(len(weight), torch.get_num_threads())
+        self._memory = self.factor.new_empty(0, len(weight))
+
+    def exponentials(self, encodings: Tensor, own: Tensor) -> _Exponentials:
+        """As of `_Scores`. The shift is the label's score, which needs no search and keeps every sum above 1."""
+        if len(self._memory) < len(encodings):
+            self._memory = self._memory.new_empty(len(encodings), self._memory.shape[1])
+        values = self._memory[: len(encodings)]
+        out = (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
+        sums = np.empty((len(self._ranges), len(encodings)), np.float32)
+        rows, shift = encodings.detach().contiguous().numpy(), own.detach().contiguous().numpy()
+
+        def fill(part: int) -> None:
+            self._kernel(rows, *self._table, shift, *self._ranges[part], out, sums[part])
+
+        _in_threads(fill, len(self._ranges))
+        totals = torch.from_numpy(sums.sum(0))
+        if not bool(totals.isfinite().all()):
+            # Some score stands 88 above its label's: only now is the greatest score of every row worth its search.
+            exact = super().exponentials(encodings, own)
+            return exact._replace(values=exact.values.to(values.dtype))
+        return _Exponentials(values, totals, own)
+
+
+def _scores_of(weight: Tensor, bias: Tensor, precision: GradientPrecision) -> _Scores:
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return _Scores(weight, bias)
+    return _CompiledScores(
+        weight, bias, half=precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16())
+    )
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16; without them they are slower than float32."""
+    features = binding.get_host_cpu_features()
+    return any(features.get(name, False) for name in ("avx512bf16", "amx-bf16", "bf16"))
+
+
+def _item_ranges(num_rows: int, count: int) -> list[tuple[int, int]]:
+    """At most `count` runs of whole tiles that make up all rows of the item table."""
+    tiles = -(-num_rows // loss_kernels.TILE_ITEMS)
+    cuts = [min(num_rows, tiles * part // count * loss_kernels.TILE_ITEMS) for part in range(count + 1)]
+    return [(first, last) for first, last in pairwise(cuts) if first < last]
+
+
+def _in_threads(task: Callable[[int], None], parts: int) -> None:
+    """Run the parts 0..parts-1 of a task side by side, the first in this thread."""
+    others = [_pool(parts).submit(task, part) for part in range(1, parts)]
+    task(0)
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool(size: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(size, thread_name_prefix="lrurec-loss")

@@ -2,9 +2,12 @@
 
 import math
 
+import numpy as np
 import torch
-from jaxtyping import Complex, Complex64, Float32, Int64
+from jaxtyping import Complex, Complex64, Float, Float32, Int64
 from torch import Tensor, nn
+
+from lrurec import scan_kernels
 
 RING = (0.8, 0.99)
 """|λ| at initialisation: between forgetting within a few clicks and remembering about a hundred."""
@@ -97,7 +100,7 @@ def linear_scan(
 ) -> Complex[Tensor, "n h"]:
     """h_t = λ h_{t-1} + u_t within each packed sequence; h starts at 0 where `position` is 0.
 
-    ⌈log2(longest sequence)⌉ passes over the array: after the pass of stride s, h_t holds the last 2s terms of its sum.
+    One token after the other on a CPU (`scan_kernels`), by doubling elsewhere (`scan_by_doubling`).
     """
     result: Tensor = _LinearScan.apply(driven, eigenvalues, position)
     return result
@@ -108,27 +111,43 @@ class _LinearScan(torch.autograd.Function):
 
         g_t = ∂L/∂h_t + conj(λ) g_{t+1},    ∂L/∂u_t = g_t,    ∂L/∂λ = Σ_t g_t conj(h_{t-1})
 
-    Autograd through the passes would keep every one of them in memory.
+    Autograd through either form would keep every pass, or every step, in memory.
     """
 
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx, driven: Tensor, eigenvalues: Tensor, position: Tensor
     ) -> Tensor:
-        h = _scan(driven, eigenvalues, position)
+        if driven.device.type == "cpu":
+            h = torch.empty(driven.shape, dtype=driven.dtype)
+            scan_kernels.scan(_pairs(driven), _pairs(eigenvalues), position.numpy(), _pairs(h))
+        else:
+            h = scan_by_doubling(driven, eigenvalues, position)
         ctx.save_for_backward(h, eigenvalues, position)
         return h
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         h, eigenvalues, position = ctx.saved_tensors  # type: ignore[attr-defined]
-        # Read backwards, each sequence's last token comes first: its distance to the end is the new position.
-        g = _scan(grad.flip(0), eigenvalues.conj(), _distance_to_end(position).flip(0)).flip(0)
-        continues = (position[1:] > 0)[:, None]
-        return g, (g[1:] * h[:-1].conj() * continues).sum(0), None
+        if grad.device.type == "cpu":
+            g, summed = torch.empty(h.shape, dtype=h.dtype), torch.empty(len(eigenvalues), dtype=torch.complex128)
+            known = (_pairs(grad), _pairs(h), _pairs(eigenvalues), position.numpy())
+            scan_kernels.scan_gradient(*known, _pairs(g), _pairs(summed))
+            return g, summed.to(eigenvalues.dtype), None
+        return (*gradient_by_doubling(grad, h, eigenvalues, position), None)
 
 
-def _scan(driven: Tensor, eigenvalues: Tensor, position: Tensor) -> Tensor:
+def _pairs(values: Complex[Tensor, "*shape"]) -> Float[np.ndarray, "*shape 2"]:
+    """The same memory as pairs (re, im), where it may be."""
+    pairs: Float[np.ndarray, "*shape 2"] = torch.view_as_real(values.detach().resolve_conj()).contiguous().numpy()
+    return pairs
+
+
+def scan_by_doubling(driven: Tensor, eigenvalues: Tensor, position: Tensor) -> Tensor:
+    """`linear_scan` in ⌈log2(longest sequence)⌉ passes over the array, each of which a GPU does in parallel.
+
+    After the pass of stride s, h_t holds the last 2s terms of its sum.
+    """
     longest = int(position.max()) + 1 if len(position) else 0
     h, power, stride = driven.clone(), eigenvalues, 1
     while stride < longest:
@@ -137,6 +156,14 @@ def _scan(driven: Tensor, eigenvalues: Tensor, position: Tensor) -> Tensor:
         h[rows] = torch.addcmul(h[rows], h[rows - stride], power)
         power, stride = power * power, 2 * stride
     return h
+
+
+def gradient_by_doubling(grad: Tensor, h: Tensor, eigenvalues: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """∂L/∂u and ∂L/∂λ of a scan by doubling, of ∂L/∂h."""
+    # Read backwards, each sequence's last token comes first: its distance to the end is the new position.
+    g = scan_by_doubling(grad.flip(0), eigenvalues.conj(), _distance_to_end(position).flip(0)).flip(0)
+    continues = (position[1:] > 0)[:, None]
+    return g, (g[1:] * h[:-1].conj() * continues).sum(0)
 
 
 def _distance_to_end(position: Tensor) -> Tensor:

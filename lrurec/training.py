@@ -4,8 +4,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from lrurec.errors import DeviceError, TrainingError
 from lrurec.evaluation import Metrics
 from lrurec.interactions import MIN_CLICKS_TO_EVALUATE, HeldOut, Interactions, Split, leave_one_out
 from lrurec.presets import TrainingSettings
+from lrurec.threads import limited_threads
 from lrurec.training_run import TrainingRun
 
 CHECKPOINT_SECONDS = 10.0
@@ -74,7 +74,7 @@ def train(
     catalogue = catalogue or interactions.catalogue
     split = _split(interactions, catalogue)
     target = _device(device)
-    with _threads(settings.threads), torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
+    with limited_threads(settings.threads), torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
         run = TrainingRun(
             settings,
             split.train,
@@ -158,16 +158,6 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise DeviceError("device cuda was asked for, but torch finds no CUDA device here; choose auto or cpu")
     return torch.device("cuda:0" if available and name != "cpu" else "cpu")
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _metadata(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrurec.checkpoint import Progress, read_checkpoint, write_checkpoint
+from lrurec.errors import TrainingError
 from lrurec.evaluation import Metrics, metrics_of, rank_answers, score_by_model
 from lrurec.interactions import HeldOut, Histories
 from lrurec.loss import softmax_cross_entropy
@@ -74,7 +75,9 @@ class TrainingRun:
         model.train()
         encodings = model.encode_packed(batch.items, batch.position)
         weight, bias = model.item_embedding.weight, model.item_bias
-        loss = softmax_cross_entropy(encodings, weight, bias, batch.labels, settings.label_smoothing)
+        loss = softmax_cross_entropy(
+            encodings, weight, bias, batch.labels, settings.label_smoothing, settings.gradient_precision
+        )
         self._optimizer.zero_grad()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
@@ -84,7 +87,15 @@ class TrainingRun:
         self.loss = torch.lerp(self.loss, loss.detach(), max(0.02, 1 / self.step))
 
     def validate(self) -> Metrics:
-        """Metrics of the averaged weights; they are kept if they are the best so far."""
+        """Metrics of the averaged weights; they are kept if they are the best so far.
+
+        Raises `TrainingError` if the loss is no longer a number: nothing that follows could be.
+        """
+        if not self.loss.isfinite():
+            raise TrainingError(
+                f"the loss is {self.loss.item()} at step {self.step:,}; train again with a lower learning rate "
+                f"than {self.settings.learning_rate:g}"
+            )
         metrics = self.measure(self._average, self._validation)
         if metrics.recall_at_10 > self.best_recall:
             self.best_recall, self.best_step = metrics.recall_at_10, self.step

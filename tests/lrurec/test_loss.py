@@ -1,31 +1,79 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional
 
 from lrurec import loss
 from lrurec.loss import softmax_cross_entropy
+from lrurec.threads import limited_threads
+
+LABELS = torch.tensor([0, 3, 3, 10, 5, 1, 2])
 
 
-def leaves(dtype):
+def leaves(dtype, rows=7, items=11, scale=1.0):
     generator = torch.manual_seed(1)
-    shapes = ((7, 4), (11, 4), (11,))
-    return [torch.randn(*shape, dtype=dtype, generator=generator).requires_grad_() for shape in shapes]
+    shapes = ((rows, 4), (items, 4), (items,))
+    return [(scale * torch.randn(*shape, dtype=dtype, generator=generator)).requires_grad_() for shape in shapes]
+
+
+def in_one_go(encodings, weight, bias, labels, smoothing=0.0):
+    return functional.cross_entropy(functional.linear(encodings, weight, bias), labels, label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("scores_per_tile", [1, 30, 1000])
 def test_tiles_give_the_loss_and_gradients_of_the_whole(monkeypatch, smoothing, scores_per_tile):
     monkeypatch.setattr(loss, "SCORES_PER_TILE", scores_per_tile)
-    labels = torch.tensor([0, 3, 3, 10, 5, 1, 2])
-    ours, theirs = leaves(torch.float64), leaves(torch.float64)
-    loss_of_ours = softmax_cross_entropy(*ours, labels, smoothing)
-    loss_of_theirs = functional.cross_entropy(functional.linear(*theirs), labels, label_smoothing=smoothing)
-    torch.autograd.backward([3 * loss_of_ours, 3 * loss_of_theirs])
-    torch.testing.assert_close(loss_of_ours, loss_of_theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
+    inputs = leaves(torch.float64)
+    ours, theirs = 3 * softmax_cross_entropy(*inputs, LABELS, smoothing), 3 * in_one_go(*inputs, LABELS, smoothing)
+    torch.testing.assert_close(ours, theirs)
+    for one, other in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        torch.testing.assert_close(one, other)
 
 
-def test_scores_beyond_the_range_of_exp_are_no_trouble():
-    encodings, weight, bias = (leaf.detach() * 1e3 for leaf in leaves(torch.float32))
-    assert softmax_cross_entropy(encodings, weight, bias, torch.zeros(7, dtype=torch.int64)).isfinite()
+@given(
+    rows=st.integers(1, 600),
+    items=st.integers(1, 1_100),
+    smoothing=st.sampled_from([0.0, 0.2]),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=40)
+def test_the_compiled_loss_and_its_gradients_are_those_of_the_whole(rows, items, smoothing, threads, seed):
+    inputs = leaves(torch.float32, rows, items)
+    labels = torch.randint(items, (rows,), generator=torch.manual_seed(seed))
+    theirs = in_one_go(*inputs, labels, smoothing)
+    expected = torch.autograd.grad(theirs, inputs)
+    # A gradient is a difference of sums: it is their terms that are rounded, so their magnitude is the measure.
+    magnitudes = [leaf.detach().abs().requires_grad_() for leaf in inputs]
+    encodings, weight, bias = magnitudes
+    parts = torch.autograd.grad(((encodings * weight[labels]).sum(1) + bias[labels]).mean(), magnitudes)
+    with limited_threads(threads):
+        for precision, tolerance in (("float32", 1e-5), ("bfloat16", 5e-3)):
+            ours = softmax_cross_entropy(*inputs, labels, smoothing, precision)
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+            for one, other, part in zip(torch.autograd.grad(ours, inputs), expected, parts, strict=True):
+                assert (one - other).norm() <= tolerance * (other.norm() + part.norm())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [30.0, 1e3])
+def test_scores_beyond_the_range_of_exp_are_no_trouble(precision, scale):
+    inputs = leaves(torch.float32, scale=scale)
+    ours = softmax_cross_entropy(*inputs, LABELS, 0.0, precision)
+    theirs = in_one_go(*inputs, LABELS)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
+    for gradient in torch.autograd.grad(ours, inputs):
+        assert gradient.isfinite().all()
+
+
+def test_equal_arguments_give_equal_bits():
+    def once():
+        inputs = leaves(torch.float32, 300, 2_000)
+        labels = torch.arange(300)
+        value = softmax_cross_entropy(*inputs, labels, 0.1, "auto")
+        return [value, *torch.autograd.grad(value, inputs)]
+
+    for one, other in zip(once(), once(), strict=True):
+        assert torch.equal(one, other)

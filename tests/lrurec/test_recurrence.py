@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrurec.recurrence import linear_scan
+from lrurec.recurrence import gradient_by_doubling, linear_scan, scan_by_doubling
 
 
 def packed(lengths):
@@ -29,9 +29,11 @@ lengths_of_sequences = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
 @given(lengths=lengths_of_sequences, seed=st.integers(0, 1000))
 @settings(deadline=None, max_examples=50)
-def test_a_scan_equals_the_recurrence_one_by_one(lengths, seed):
-    driven, eigenvalues, position = drawn(lengths, seed)
-    torch.testing.assert_close(linear_scan(driven, eigenvalues, position), one_by_one(driven, eigenvalues, position))
+def test_every_form_of_a_scan_equals_the_recurrence_one_by_one(lengths, seed):
+    arguments = drawn(lengths, seed)
+    expected = one_by_one(*arguments)
+    torch.testing.assert_close(linear_scan(*arguments), expected)
+    torch.testing.assert_close(scan_by_doubling(*arguments), expected)
 
 
 @given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=3), seed=st.integers(0, 1000))
@@ -40,3 +42,25 @@ def test_the_gradient_of_a_scan_is_right(lengths, seed):
     driven, eigenvalues, position = drawn(lengths, seed, channels=2)
     inputs = (driven.requires_grad_(), eigenvalues.requires_grad_())
     assert torch.autograd.gradcheck(lambda u, eigen: linear_scan(u, eigen, position), inputs)
+
+
+@given(lengths=lengths_of_sequences, seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=50)
+def test_both_forms_have_one_gradient(lengths, seed):
+    driven, eigenvalues, position = drawn(lengths, seed)
+    inputs = (driven.requires_grad_(), eigenvalues.requires_grad_())
+    h = linear_scan(*inputs, position)
+    grad = torch.randn_like(h)
+    by_doubling = gradient_by_doubling(grad, h.detach(), eigenvalues.detach(), position)
+    for ours, theirs in zip(torch.autograd.grad(h, inputs, grad), by_doubling, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_scan_takes_what_autograd_hands_it_in_any_layout():
+    driven, eigenvalues, position = drawn([4, 3], seed=1)
+    turned = driven.T.contiguous().T.requires_grad_()
+    h = linear_scan(turned, eigenvalues, position)
+    torch.testing.assert_close(h, one_by_one(driven, eigenvalues, position))
+    (ours,) = torch.autograd.grad(h.conj().mT.sum(), turned)
+    (theirs,) = torch.autograd.grad(one_by_one(turned, eigenvalues, position).conj().mT.sum(), turned)
+    torch.testing.assert_close(ours, theirs)

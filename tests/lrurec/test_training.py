@@ -102,6 +102,11 @@ def test_the_best_validated_weights_are_kept():
     assert bundle.metadata["metrics"]["validation"]["recall@10"] == pytest.approx(max(validated.values()), abs=1e-6)
 
 
+def test_a_training_that_diverges_ends_with_what_to_do():
+    with pytest.raises(TrainingError, match="lower learning rate than 1e"):
+        train(cyclic_log(), dataclasses.replace(SETTINGS, learning_rate=1e30, validate_every=5))
+
+
 def test_training_ends_early_without_progress():
     settings = dataclasses.replace(SETTINGS, learning_rate=1e-12, max_steps=10_000, validate_every=5, patience=2)
     assert train(cyclic_log(), settings).metadata["steps"] == 15

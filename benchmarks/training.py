@@ -1,0 +1,147 @@
+"""How fast a step of training is, against the form that LRURec is usually written in.
+
+    python -m benchmarks.training                                             the shop's log of the demo
+    python -m benchmarks.training video beauty ml-1m --data FOLDER            FOLDER/video/interactions.csv.gz, …
+
+Both forms have the same weights, batches, dropout rates and optimizer, and take turns. First the loss and the gradients
+of one batch without dropout are held against each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import plain_form
+from benchmarks.machine import processor
+from lrurec.interactions import leave_one_out, read_interactions
+from lrurec.loss import softmax_cross_entropy
+from lrurec.model import LRURec
+from lrurec.presets import GradientPrecision, TrainingSettings, preset
+from lrurec.threads import limited_threads
+from lrurec.training_run import TrainingRun
+from lrurec.windows import Batch, Windows
+
+SHOP = Path(__file__).parents[1] / "stream_app" / "dev" / "demo" / "eshop" / "clicks.csv.gz"
+
+
+def main() -> None:
+    """Print a line a data set, then one JSON line for history."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("presets", nargs="*", default=["eshop"])
+    parser.add_argument("--data", type=Path, metavar="FOLDER")
+    parser.add_argument("--rounds", type=int, default=5, help="a step of the plain form and three of ours each")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    print(
+        f"{processor()}, {options.threads} threads, Python {platform.python_version()}, torch {version('torch')}, "
+        f"numba {version('numba')}"
+    )
+    for name in options.presets:
+        path = options.data / name / "interactions.csv.gz" if options.data else SHOP
+        settings = dataclasses.replace(preset(name), threads=options.threads)
+        with limited_threads(options.threads):
+            measure(name, path, settings, options.rounds)
+
+
+def measure(name: str, path: Path, settings: TrainingSettings, rounds: int) -> None:
+    """Equality, then speed, of one data set."""
+    log = read_interactions(path)
+    split = leave_one_out(log.histories)
+    run = TrainingRun(
+        settings, split.train, split.validation, num_items=len(log.catalogue), device=torch.device("cpu"), run_id=name
+    )
+    windows = Windows.cut(split.train, settings.max_len)
+    for precision in ("float32", "bfloat16"):
+        difference = compare(run.model, windows, settings, precision)
+        print(
+            f"{name}, {precision}: loss differs by {difference.loss:.1e} of itself, "
+            f"gradients by {difference.gradients:.1e} of their norm at most ({difference.worst})"
+        )
+    plain, ours = seconds_per_step(run, windows, settings, rounds)
+    ratios = [theirs / own for theirs, own in zip(plain, ours, strict=True)]
+    for form, each in (("plain form", plain), ("lrurec", ours)):
+        print(f"{name:>8} {form:>10}: {statistics.median(each):7.3f} s a step ({min(each):.3f} to {max(each):.3f})")
+    print(f"{name:>8} {'ratio':>10}: {statistics.median(ratios):7.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
+    print(json.dumps({"benchmark": "training", "data": name, "plain": plain, "lrurec": ours}))
+
+
+class Difference(NamedTuple):
+    loss: float
+    gradients: float
+    worst: str
+    """The parameter whose gradient differs most."""
+
+
+def compare(model: LRURec, windows: Windows, settings: TrainingSettings, precision: GradientPrecision) -> Difference:
+    """Relative differences on the first batch, without dropout."""
+    chosen = np.arange(min(settings.batch_size, len(windows)))
+    model = copy.deepcopy(model).eval()
+    packed, smoothing = windows.batch(chosen), settings.label_smoothing
+    encodings = model.encode_packed(packed.items, packed.position)
+    table = model.item_embedding.weight, model.item_bias
+    ours = softmax_cross_entropy(encodings, *table, packed.labels, smoothing, precision)
+    theirs = plain_form.loss(model, *padded(packed), 0.0, smoothing)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    pairs = zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True)
+    differences = [float((one - other).norm() / other.norm()) for one, other in pairs]
+    worst = int(np.argmax(differences))
+    return Difference(abs(float((ours / theirs).detach()) - 1), differences[worst], names[worst])
+
+
+def padded(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The same windows, padded on the left to a power of two: items and labels, (b, t)."""
+    starts = np.flatnonzero(batch.items.numpy() == 0)
+    lengths = np.diff([*starts, len(batch.items)])
+    tokens = 1 << (int(lengths.max()) - 1).bit_length()
+    column = tokens - np.repeat(lengths, lengths) + np.arange(len(batch.items)) - np.repeat(starts, lengths)
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    items, labels = torch.zeros(2, len(lengths), tokens, dtype=torch.int64)
+    items[row, column], labels[row, column] = batch.items, batch.labels
+    return items, labels
+
+
+def seconds_per_step(
+    run: TrainingRun, windows: Windows, settings: TrainingSettings, rounds: int
+) -> tuple[list[float], list[float]]:
+    """(plain form, ours) of every round, on batches of windows drawn at random; ours is the mean of three steps."""
+    model = copy.deepcopy(run.model).train()
+    optimizer = plain_form.optimizer(model)
+    generator = np.random.default_rng(0)
+
+    def plain_step() -> None:
+        chosen = generator.choice(len(windows), min(settings.batch_size, len(windows)), replace=False)
+        loss = plain_form.loss(model, *padded(windows.batch(chosen)), settings.dropout, settings.label_smoothing)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        optimizer.step()
+
+    plain_step(), run.advance()  # what is compiled or allocated once
+    plain, ours = [], []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        plain_step()
+        between = time.perf_counter()
+        for _ in range(3):
+            run.advance()
+        plain.append(between - started)
+        ours.append((time.perf_counter() - between) / 3)
+    return plain, ours
+
+
+if __name__ == "__main__":
+    main()
