@@ -1,6 +1,6 @@
 """Full softmax cross entropy that never holds more than a tile of scores."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from llvmlite import binding
 from torch import Tensor
+from torch.nn import functional
 
 from lrurec import loss_kernels
 from lrurec.presets import GradientPrecision
@@ -19,7 +20,9 @@ SCORES_PER_TILE = 1 << 24
 """Scores held at a time: 64 MiB in float32, 32 MiB in bfloat16. All of a beauty batch (700 labels) would be 40M."""
 
 ROWS_PER_TILE = 512
-"""At most: the scores of a few hundred rows and a thousand items fit a core's cache."""
+"""At most: the scores of so many rows and of `loss_kernels.TILE_ITEMS` items fit a core's cache."""
+
+_ROWS_STEP = 64
 
 
 def softmax_cross_entropy(
@@ -57,16 +60,13 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
         own = (encodings * weight[labels]).sum(1) + bias[labels]
         grad_encodings, grad_weight, grad_bias = map(torch.zeros_like, (encodings, weight, bias))
         loss = encodings.new_zeros(())
-        size = max(1, min(ROWS_PER_TILE, SCORES_PER_TILE // num_rows))
-        for start in range(0, n, size):
-            rows = slice(start, start + size)
-            values, totals, shift = scores.exponentials(encodings[rows], own[rows])
-            loss += (totals.log() + shift - own[rows]).sum()
-            scale = (1 / (n * totals))[:, None]
-            grad_encodings[rows] = (values @ scores.factor) * scale
+        for rows, part, part_own, share in _tiles(encodings, own, num_rows):
+            values, totals, shift = scores.exponentials(part, part_own)
+            loss += ((totals.log() + shift - part_own) * share).sum()
+            scale = (share / totals)[:, None]
+            grad_encodings[rows] = ((values @ scores.factor) * scale)[: rows.stop - rows.start]
             # The column of scales beside the encodings gives the gradient of the bias by the same product.
-            scaled = torch.cat([encodings[rows] * scale, scale], 1).to(values.dtype)
-            by_item = values.T @ scaled
+            by_item = values.T @ torch.cat([part * scale, scale], 1).to(values.dtype)
             grad_weight += by_item[:, :-1]
             grad_bias += by_item[:, -1]
         kept = (1 - smoothing) / n
@@ -76,12 +76,12 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
         if smoothing:
             # The mean score is the score of the mean item: no pass over the scores.
             mean_weight, mean_bias = weight.mean(0), bias.mean()
-            loss += smoothing * (own - encodings @ mean_weight - mean_bias).sum()
+            loss += smoothing * (own - encodings @ mean_weight - mean_bias).mean()
             grad_encodings.sub_(mean_weight, alpha=smoothing / n)
             grad_weight.sub_(encodings.mean(0), alpha=smoothing / num_rows)
             grad_bias.sub_(smoothing / num_rows)
         ctx.save_for_backward(grad_encodings, grad_weight, grad_bias)
-        return loss / n
+        return loss
 
     @staticmethod
     def backward(
@@ -89,6 +89,34 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         grad_encodings, grad_weight, grad_bias = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad * grad_encodings, grad * grad_weight, grad * grad_bias, None, None, None
+
+
+class _Tile(NamedTuple):
+    """A run of rows with zeros below them, so that tiles come in few sizes: oneDNN keeps code for every size it met."""
+
+    rows: slice
+    """Without the zeros."""
+
+    encodings: Tensor
+    own: Tensor
+    """Each row's score of its label."""
+
+    share: Tensor
+    """Of each row in the mean: 1/n, or 0 for a row of zeros."""
+
+
+def _tiles(encodings: Tensor, own: Tensor, num_rows: int) -> Iterator[_Tile]:
+    size = max(1, min(ROWS_PER_TILE, SCORES_PER_TILE // num_rows))
+    for start in range(0, len(encodings), size):
+        rows = slice(start, min(start + size, len(encodings)))
+        zeros = min(size, _ROWS_STEP * -(-(rows.stop - start) // _ROWS_STEP)) - (rows.stop - start)
+        share = torch.full_like(own[rows], 1 / len(encodings))
+        yield _Tile(
+            rows,
+            functional.pad(encodings[rows], (0, 0, 0, zeros)),
+            functional.pad(own[rows], (0, zeros)),
+            functional.pad(share, (0, zeros)),
+        )
 
 
 class _Exponentials(NamedTuple):

@@ -68,7 +68,8 @@ def exponentiate(encodings, weight, bias, shift, first, last, exponentials, sums
         tile_bias = bias[start : start + width]
         for row in range(rows):
             # Slices that start at 0: an index that might be negative keeps a loop from being vectorised.
-            out, total = exponentials[row, start : start + width], _float32(0)
+            out = exponentials[row, start : start + width]
+            total = _float32(0)
             for j in range(width):
                 value = _exp(scores[row, j] + tile_bias[j] - shift[row])
                 total += value
@@ -89,7 +90,8 @@ def exponentiate_to_bfloat16(encodings, weight, bias, shift, first, last, expone
         tile_bias = bias[start : start + width]
         for row in range(rows):
             # Slices that start at 0: an index that might be negative keeps a loop from being vectorised.
-            out, total = exponentials[row, start : start + width], _float32(0)
+            out = exponentials[row, start : start + width]
+            total = _float32(0)
             for j in range(width):
                 value = _exp(scores[row, j] + tile_bias[j] - shift[row])
                 total += value
