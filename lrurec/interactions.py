@@ -1,32 +1,22 @@
-"""Logs of clicks: reading them, each user's items in order, and the leave-one-out split."""
+"""Clicks of many users: reading them out of a log, each user's items in order, and the leave-one-out split."""
 
-import gzip
 import hashlib
-import io
-import zlib
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32, Int64, UInt32
 
 from lrurec.catalogue import Catalogue
 from lrurec.errors import CatalogueError, InteractionsError
+from lrurec.log_files import ID_COLUMNS, ORDER_COLUMNS, read_batches
 
-ID_COLUMNS = ("user_id", "item_id")
-
-ORDER_COLUMNS = ("timestamp_ms", "timestamp", "position")
-"""At least one is needed. With several, the first decides and the next break its ties; then the order in the file."""
-
-_BEYOND_64_BITS = 2.0**63
-"""The least number that a signed 64-bit integer does not hold."""
-
-_SHOWN_CHARACTERS = 60
-"""Of a value that is refused."""
+CLICKS_PER_SLAB = 1 << 20
+"""Users are worked on in slabs of about as many clicks: the arrays of places, 8 bytes a click, stay small."""
 
 MIN_CLICKS_TO_EVALUATE = 3
 """Users with fewer clicks are all train: one must be left to learn from, one to validate on, one to test."""
@@ -55,8 +45,11 @@ class Histories:
     def slices(self, starts: Int64[np.ndarray, " u"], lengths: Int64[np.ndarray, " u"]) -> "Histories":
         """Histories of their own out of `items[start : start + length]`, in the order given."""
         offsets = _offsets(lengths)
-        places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-        return Histories(self.items[places], offsets)
+        items = np.empty(offsets[-1], np.int32)
+        for users, clicks in _slabs(offsets):
+            shift = np.repeat(starts[users] - offsets[users], lengths[users])
+            items[clicks] = self.items[np.arange(clicks.start, clicks.stop) + shift]
+        return Histories(items, offsets)
 
     def take(self, users: Int64[np.ndarray, " u"]) -> "Histories":
         """Some users' histories, in the order asked for."""
@@ -74,6 +67,8 @@ class Histories:
     def known(self) -> "Histories":
         """Without the items that the catalogue doesn't hold: they are skipped, never encoded as row 0."""
         is_known = self.items > 0
+        if is_known.all():
+            return self
         offsets = np.concatenate([[0], np.cumsum(is_known)])[self.offsets]
         return Histories(self.items[is_known], offsets)
 
@@ -120,6 +115,8 @@ class Interactions:
 
     def histories_in(self, catalogue: Catalogue) -> Histories:
         """The histories as rows of another catalogue, 0 for items that it doesn't hold."""
+        if catalogue == self.catalogue:
+            return self.histories
         row_of = np.concatenate([np.zeros(1, np.int32), catalogue.rows(self.catalogue.item_ids)])
         return Histories(row_of[self.histories.items], self.histories.offsets)
 
@@ -140,124 +137,159 @@ def leave_one_out(histories: Histories) -> Split:
 
 
 def read_interactions(path: Path | str) -> Interactions:
-    """A log out of CSV, Parquet or JSON Lines, the first and the last also with .gz.
+    """A log out of CSV, Parquet or JSON Lines, the first and the last also with .gz. Its rows may stand in any order.
 
     Columns: user_id and item_id (text or whole numbers), and at least one of `ORDER_COLUMNS` (numbers that fit 64
     bits). Others are ignored. Raises `InteractionsError` for anything else, with one line.
+
+    The peak of memory is 12 + 16k bytes a click, k being the number of order columns, up to 12 more where one user has
+    most of the clicks and they are in no order; some 200 bytes an id; and what reading needs whatever the size of the
+    file (see `log_files`). What stays is 4 bytes a click, and the ids.
     """
     path = Path(path)
-    return _group(read_log(path), path)
-
-
-def read_log(path: Path) -> pl.DataFrame:
-    """The rows of a log in the file's order, checked: ids as text, and those of `ORDER_COLUMNS` that it has.
-
-    The latter are int64, or float64 where a number has a fraction. Raises `InteractionsError` as `read_interactions`.
-    """
-    table = _read_table(path)
-    order = _require_columns(table, path)
-    columns = [_ids(table, name, path) for name in ID_COLUMNS] + [_numbers(table, name, path) for name in order]
-    return pl.DataFrame(columns)
-
-
-def _read_table(path: Path) -> pl.DataFrame:
-    name = path.name.lower()
-    reader = next((read for ending, read in READERS.items() if name.removesuffix(".gz").endswith(ending)), None)
-    if reader is None or (name.endswith(".gz") and reader is pl.read_parquet):
-        raise InteractionsError(f"{path}: unknown kind of file; allowed are .csv, .csv.gz, .jsonl, .jsonl.gz, .parquet")
+    log = _Log()
+    for batch in read_batches(path):
+        log.append(batch)
     try:
-        content = path.read_bytes()
-        return reader(io.BytesIO(gzip.decompress(content) if name.endswith(".gz") else content))
-    except pl.exceptions.NoDataError as error:
-        raise InteractionsError(f"{path} is empty; it must hold a log of clicks") from error
-    except OSError as error:
-        raise InteractionsError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (pl.exceptions.PolarsError, zlib.error, EOFError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InteractionsError(f"{path} cannot be read as its name says ({reason}); is the file whole?") from error
-
-
-def _read_csv(file: io.BytesIO) -> pl.DataFrame:
-    # Everything as text: an id such as 007 must not become the number 7.
-    return pl.read_csv(file, infer_schema=False)
-
-
-def _read_json_lines(file: io.BytesIO) -> pl.DataFrame:
-    return pl.read_ndjson(file, infer_schema_length=None)
-
-
-READERS: dict[str, Callable[[io.BytesIO], pl.DataFrame]] = {
-    ".csv": _read_csv,
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
-    ".parquet": pl.read_parquet,
-}
-
-
-def _require_columns(table: pl.DataFrame, path: Path) -> list[str]:
-    """The order columns that are there. Raises if any column that is needed is not, or there are no rows."""
-    order = [name for name in ORDER_COLUMNS if name in table.columns]
-    missing = [name for name in ID_COLUMNS if name not in table.columns]
-    if missing or not order:
-        needed = f"user_id, item_id and one of {', '.join(ORDER_COLUMNS)}"
-        raise InteractionsError(f"{path} has columns {', '.join(table.columns)}; it needs {needed}")
-    if table.is_empty():
-        raise InteractionsError(f"{path} has no rows; it must hold a log of clicks")
-    return order
-
-
-def _ids(table: pl.DataFrame, name: str, path: Path) -> pl.Series:
-    column = table[name]
-    if column.dtype not in (pl.String, pl.Categorical, pl.Enum) and not column.dtype.is_integer():
-        raise InteractionsError(f"{path}: column {name} is {column.dtype}; ids must be text or whole numbers")
-    ids = column.cast(pl.String)
-    _refuse_rows(ids.is_null() | (ids == ""), path, f"{name} is empty; every click needs one")
-    _refuse_rows(ids.str.contains(r"[\r\n]"), path, f"{name} holds a line break; an id must be one line")
-    return ids
-
-
-def _numbers(table: pl.DataFrame, name: str, path: Path) -> pl.Series:
-    column = table[name]
-    if not column.dtype.is_numeric() and column.dtype != pl.String:
-        raise InteractionsError(f"{path}: column {name} is {column.dtype}; it must be numbers")
-    # Whole numbers stay whole: nanoseconds don't fit a float.
-    whole = column.cast(pl.Int64, strict=False)
-    if column.dtype.is_integer() or (column.dtype == pl.String and whole.null_count() == 0):
-        numbers, good = whole, whole.is_not_null()
-    else:
-        numbers = column.cast(pl.Float64, strict=False)
-        good = (numbers.abs() < _BEYOND_64_BITS).fill_null(value=False)  # polars holds NaN for the greatest number
-    refuse_values(column, ~good, path, "it must be a number that fits 64 bits: it orders the clicks of a user")
-    return numbers
-
-
-def refuse_values(column: pl.Series, bad: pl.Series, path: Path, allowed: str) -> None:
-    """Raise `InteractionsError` for the first value of a column of a log that is bad; `allowed` says what would do."""
-    if (rows := bad.arg_true()).len():
-        value = column[rows[0]]
-        given = repr(value) if isinstance(value, str) else "empty" if value is None else str(value)
-        _refuse_rows(bad, path, f"{column.name} is {given[:_SHOWN_CHARACTERS]}; {allowed}")
-
-
-def _refuse_rows(bad: pl.Series, path: Path, fault: str) -> None:
-    if (row := bad.arg_true()).len():
-        raise InteractionsError(f"{path}: in data row {row[0] + 1} {fault}")
-
-
-def _group(table: pl.DataFrame, path: Path) -> Interactions:
-    user_ids = table["user_id"].unique(maintain_order=True)
-    item_ids = table["item_id"].unique().sort()
-    order = [name for name in table.columns if name in ORDER_COLUMNS]
-    users = table["user_id"].cast(pl.Enum(user_ids)).to_physical().alias("user")
-    items = table["item_id"].cast(pl.Enum(item_ids)).to_physical().alias("item")
-    ordered = table.with_columns(users, items).sort("user", *order, maintain_order=True)
-    counts = np.bincount(ordered["user"].to_numpy(), minlength=len(user_ids))
-    try:
-        catalogue = Catalogue(item_ids)
+        return log.grouped()
     except CatalogueError as error:
         raise InteractionsError(f"{path}: {error}") from error
-    rows = ordered["item"].to_numpy().astype(np.int32) + np.int32(1)
-    return Interactions(tuple(user_ids), catalogue, Histories(rows, _offsets(counts)))
+
+
+class _Ids:
+    """A column of ids as numbers, 4 bytes a click. The text of every different id is kept once, by polars."""
+
+    def __init__(self) -> None:
+        # Polars forgets the texts when the last column of these categories goes.
+        self._keeper = pl.Series([], dtype=pl.Categorical(pl.Categories.random()))
+        self.batches: list[UInt32[np.ndarray, " n"]] = []
+        self._count = 0
+
+    def append(self, ids: pl.Series) -> None:
+        numbers = ids.cast(self._keeper.dtype).to_physical().to_numpy()
+        self.batches.append(numbers)
+        self._count = max(self._count, int(numbers.max()) + 1)
+
+    def texts(self, numbers: Int64[np.ndarray, " n"]) -> pl.Series:
+        return pl.Series(numbers.astype(np.uint32)).cat.to(self._keeper.dtype).cast(pl.String)
+
+    def by_first_click(self) -> Int64[np.ndarray, " ids"]:
+        """The numbers in the order in which the log has them first.
+
+        That is likely their own order, but polars doesn't promise it, and the fingerprint of a log depends on it.
+        """
+        end = sum(map(len, self.batches))
+        first = np.zeros(self._count, np.int64)
+        for batch in reversed(self.batches):
+            # Of several values for one place numpy keeps the last: read backwards, that of the first click.
+            first[batch[::-1]] = np.arange(end - 1, end - 1 - len(batch), -1)
+            end -= len(batch)
+        return np.argsort(first)
+
+    def by_text(self) -> Int64[np.ndarray, " ids"]:
+        """The numbers in the order of their texts, compared as UTF-8."""
+        return self.texts(np.arange(self._count)).arg_sort().to_numpy().astype(np.int64)
+
+
+class _Log:
+    """The clicks of a log in the file's order, as `read_batches` gives them: 8 + 8k bytes a click."""
+
+    def __init__(self) -> None:
+        self._users, self._items = _Ids(), _Ids()
+        self._order: dict[str, list[np.ndarray]] = {}
+
+    def append(self, batch: pl.DataFrame) -> None:
+        for ids, name in zip((self._users, self._items), ID_COLUMNS, strict=True):
+            ids.append(batch[name])
+        for name in ORDER_COLUMNS:
+            if name in batch.columns:
+                self._order.setdefault(name, []).append(batch[name].to_numpy())
+
+    def grouped(self) -> Interactions:
+        """The clicks user by user, each user's sorted by the order columns; this log is empty afterwards.
+
+        Raises `CatalogueError` for item ids that no catalogue can hold.
+        """
+        users, items = self._users.by_first_click(), self._items.by_text()
+        catalogue = Catalogue(self._items.texts(items))
+        user_ids = tuple(self._users.texts(users))
+        offsets, clicked, order = self._by_user(_places_in(users))
+        _sort_each_user(clicked, order, offsets)
+        rows = (_places_in(items) + 1).astype(np.int32)
+        return Interactions(user_ids, catalogue, Histories(rows[clicked], offsets))
+
+    def _by_user(
+        self, user_of: Int64[np.ndarray, " users"]
+    ) -> tuple[Int64[np.ndarray, " users_and_1"], UInt32[np.ndarray, " n"], list[np.ndarray]]:
+        """Where each user's clicks begin; the items' numbers and the order columns, user by user.
+
+        `user_of` maps users' numbers to users. Within a user the file's order stays.
+        """
+        counts = np.zeros(len(user_of), np.int64)
+        for numbers in self._users.batches:
+            np.add.at(counts, user_of[numbers], 1)
+        offsets = _offsets(counts)
+        columns = [self._items.batches, *self._order.values()]
+        # Whole numbers in one batch and fractions in another make a column of fractions.
+        grouped = [np.empty(offsets[-1], np.result_type(*{part.dtype for part in column})) for column in columns]
+        free = offsets[:-1].copy()
+        for numbers, *parts in zip(self._users.batches, *columns, strict=True):
+            places = _take_places(user_of[numbers], free)
+            for column, part in zip(grouped, parts, strict=True):
+                column[places] = part
+        for batches in (self._users.batches, *columns):
+            batches.clear()
+        return offsets, grouped[0], grouped[1:]
+
+
+def _places_in(order: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """The inverse permutation: where in `order` each of 0..n-1 stands."""
+    places = np.empty(len(order), np.int64)
+    places[order] = np.arange(len(order))
+    return places
+
+
+def _take_places(users: Int64[np.ndarray, " n"], free: Int64[np.ndarray, " users"]) -> Int64[np.ndarray, " n"]:
+    """A place for each click of a batch: its user's next free one. `free` moves on in place."""
+    by_user = np.argsort(users, kind="stable")
+    ordered = users[by_user]
+    starts = np.flatnonzero(np.diff(ordered, prepend=-1))
+    counts = np.diff(starts, append=len(ordered))
+    places = np.empty(len(users), np.int64)
+    places[by_user] = free[ordered] + np.arange(len(ordered)) - np.repeat(starts, counts)
+    free[ordered[starts]] += counts
+    return places
+
+
+def _sort_each_user(
+    clicked: UInt32[np.ndarray, " n"], order: Sequence[np.ndarray], offsets: Int64[np.ndarray, " users_and_1"]
+) -> None:
+    """Sort every user's clicks in place by the order columns, the first of them first; equal ones stay as they are."""
+    for users, clicks in _slabs(offsets):
+        owner = np.repeat(np.arange(users.start, users.stop), np.diff(offsets[users.start : users.stop + 1]))
+        keys = [owner, *(column[clicks] for column in order)]
+        if not _are_sorted(keys):
+            places = np.lexsort(keys[::-1])
+            for column in (clicked, *order):
+                column[clicks] = column[clicks][places]
+
+
+def _are_sorted(keys: Sequence[np.ndarray]) -> bool:
+    """Whether rows stand in order by the first key, where it is equal by the next, and so on."""
+    in_order: Any = True
+    for key in reversed(keys):
+        in_order = (key[1:] > key[:-1]) | ((key[1:] == key[:-1]) & in_order)
+    return bool(np.all(in_order))
+
+
+def _slabs(offsets: Int64[np.ndarray, " users_and_1"]) -> Iterator[tuple[slice, slice]]:
+    """All users in order, and the places of their clicks, cut to `CLICKS_PER_SLAB` clicks or else one user."""
+    start, users = 0, len(offsets) - 1
+    while start < users:
+        last = int(np.searchsorted(offsets, offsets[start] + CLICKS_PER_SLAB, side="right")) - 1
+        end = min(max(last, start + 1), users)
+        yield slice(start, end), slice(int(offsets[start]), int(offsets[end]))
+        start = end
 
 
 def _offsets(lengths: Int64[np.ndarray, " users"]) -> Int64[np.ndarray, " users_and_1"]:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from lrurec.interactions import ORDER_COLUMNS, Interactions, read_interactions, read_log, refuse_values
+from lrurec.interactions import Interactions, read_interactions
+from lrurec.log_files import ORDER_COLUMNS, read_log, refuse_values
 
 ACTIVE_USERS = 50
 """How many users click in turn when the log does not say who clicked when."""
@@ -25,7 +26,7 @@ class LoggedClick(NamedTuple):
 
 
 def read_clicks(path: Path) -> Sequence[LoggedClick]:
-    """All clicks of a log in chronological order; the formats are those of `lrurec.interactions`.
+    """All clicks of a log in chronological order; the formats are those of `lrurec.log_files`.
 
     By timestamps where the log has them. Positions only order one user's clicks: then about `ACTIVE_USERS` users at a
     time take turns at random (the same turns every time), new ones coming as others finish, in the file's order.

@@ -1,4 +1,5 @@
 import gzip
+import tracemalloc
 
 import numpy as np
 import polars as pl
@@ -6,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lrurec import interactions as interactions_module
+from lrurec import log_files
 from lrurec.catalogue import Catalogue
 from lrurec.errors import InteractionsError
 from lrurec.interactions import Histories, leave_one_out, read_interactions
@@ -143,6 +146,50 @@ def test_the_outermost_numbers_of_64_bits_are_taken(tmp_path):
     assert as_dict(read_interactions(tmp_path / "a.csv")) == {"u": ["b", "c", "a"]}
 
 
+CLICKS = st.tuples(st.sampled_from("ABCDé"), st.sampled_from(["x", "y", "z", "10", "9"]), st.integers(-2, 2))
+
+
+@given(
+    st.lists(st.tuples(CLICKS, st.integers(0, 1)), min_size=1, max_size=60),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.booleans(),
+)
+def test_a_log_in_any_order_is_grouped_and_sorted_however_it_is_cut(tmp_path_factory, rows, batch, slab, fractions):
+    path = tmp_path_factory.mktemp("log") / "a.csv"
+    scale = 0.5 if fractions else 1
+    lines = [f"{user},{item},{time * scale},{place}" for (user, item, time), place in rows]
+    path.write_text("\n".join(["user_id,item_id,timestamp,position", *lines]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log_files, "BATCH_ROWS", batch)
+        patch.setattr(interactions_module, "CLICKS_PER_SLAB", slab)
+        log = read_interactions(path)
+    expected = {}
+    for (user, item, time), place in rows:
+        expected.setdefault(user, []).append((time, place, item))
+    in_order = {user: [item for *_, item in sorted(clicks, key=lambda c: c[:2])] for user, clicks in expected.items()}
+    assert as_dict(log) == in_order
+    assert list(log.user_ids) == list(expected)
+    assert list(log.catalogue.item_ids) == sorted({item for (_, item, _), _ in rows})
+
+
+def test_grouping_costs_no_more_than_the_stated_bytes_a_click(tmp_path, monkeypatch):
+    monkeypatch.setattr(log_files, "BATCH_ROWS", 1 << 12)
+    monkeypatch.setattr(interactions_module, "CLICKS_PER_SLAB", 1 << 12)
+    clicks = 300_000
+    random = np.random.default_rng(0)
+    columns = {name: random.integers(0, 500, clicks) for name in ("user_id", "item_id", "timestamp")}
+    pl.DataFrame(columns).write_csv(tmp_path / "a.csv")
+    tracemalloc.start()
+    log = read_interactions(tmp_path / "a.csv")
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(log.histories.items) == clicks
+    # Of 12 + 16 bytes, numpy's: the 16 of the rows in the file's order are polars', which are not traced.
+    assert peak / clicks < 12 + 8
+    assert kept / clicks < 4 + 2
+
+
 def histories(*items):
     lengths = [len(each) for each in items]
     flat = np.array([row for each in items for row in each], np.int32)
@@ -193,3 +240,14 @@ def test_the_fingerprint_is_of_the_content_not_of_the_file(tmp_path):
     assert one.fingerprint == other.fingerprint
     changed = read_interactions(write(tmp_path / "c.csv", table.with_columns(position=-pl.col("position"))))
     assert changed.fingerprint != one.fingerprint
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=9), st.integers(1, 4), st.data())
+def test_histories_are_sliced_alike_whatever_the_slabs(users, slab, data):
+    whole = histories(*users)
+    chosen = data.draw(st.lists(st.integers(0, len(users) - 1)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interactions_module, "CLICKS_PER_SLAB", slab)
+        assert lists(whole.take(np.array(chosen, np.int64))) == [users[user] for user in chosen]
+        assert lists(whole.last(2)) == [user[-2:] for user in users]
+        assert lists(whole.known()) == [[row for row in user if row] for user in users]

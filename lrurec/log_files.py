@@ -1,0 +1,207 @@
+"""Files of clicks, read batch by batch: CSV, Parquet or JSON Lines, the first and the last also with .gz.
+
+No file is in memory as a whole. What is, beside the rows that a caller keeps, doesn't grow with the file: blocks and
+batches in flight, measured at less than 400 MB, and of a Parquet file the row groups that are being read: about 50
+bytes for each row of the largest.
+"""
+
+import gzip
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import polars as pl
+
+from lrurec.errors import InteractionsError
+
+ID_COLUMNS = ("user_id", "item_id")
+
+ORDER_COLUMNS = ("timestamp_ms", "timestamp", "position")
+"""At least one is needed. With several, the first decides and the next break its ties; then the order in the file."""
+
+BATCH_ROWS = 1 << 17
+
+BLOCK_BYTES = 1 << 24
+"""Of a file of JSON Lines, which is cut after its line ends."""
+
+MAX_LINE_BYTES = 1 << 24
+
+_GZIP = b"\x1f\x8b"
+"""How every gzip file begins."""
+
+_BEYOND_64_BITS = 2.0**63
+"""The least number that a signed 64-bit integer does not hold."""
+
+_SHOWN_CHARACTERS = 60
+"""Of a value that is refused."""
+
+
+def read_log(path: Path) -> pl.DataFrame:
+    """All rows of a log in the file's order, as `read_batches` gives them; they are in memory with their texts."""
+    return pl.concat(read_batches(path), how="vertical_relaxed")
+
+
+def read_batches(path: Path) -> Iterator[pl.DataFrame]:
+    """The rows of a log in the file's order, checked, about `BATCH_ROWS` at a time and at least one in all.
+
+    Columns: those of `ID_COLUMNS` as text, and those of `ORDER_COLUMNS` that the log has. The latter are int64, or
+    float64 in a batch where a number has a fraction; every batch has the same. Raises `InteractionsError`, with one
+    line, for a file that is no log; the batches before the fault have been given by then.
+    """
+    order: list[str] = []
+    rows = 0
+    for batch in filter(len, _raw_batches(path)):
+        order = order or [name for name in ORDER_COLUMNS if name in batch.columns]
+        yield _checked(batch, order, path, rows)
+        rows += len(batch)
+    if not rows:
+        raise InteractionsError(f"{path} has no rows; it must hold a log of clicks")
+
+
+def refuse_values(column: pl.Series, bad: pl.Series, path: Path, allowed: str, *, rows_before: int = 0) -> None:
+    """Raise `InteractionsError` for the first value of a column of a log that is bad; `allowed` says what would do."""
+    if (rows := bad.arg_true()).len():
+        value = column[rows[0]]
+        given = repr(value) if isinstance(value, str) else "empty" if value is None else str(value)
+        _refuse_rows(bad, path, f"{column.name} is {given[:_SHOWN_CHARACTERS]}; {allowed}", rows_before)
+
+
+def _raw_batches(path: Path) -> Iterator[pl.DataFrame]:
+    """The columns of a log that we know, as they lie in the file; a needed one may be missing after the first batch."""
+    name = path.name.lower()
+    ending = next((known for known in _READERS if name.removesuffix(".gz").endswith(known)), None)
+    if ending is None or (name.endswith(".gz") and ending == ".parquet"):
+        raise InteractionsError(f"{path}: unknown kind of file; allowed are .csv, .csv.gz, .jsonl, .jsonl.gz, .parquet")
+    with _faults_in_one_line(path):
+        _require_content(path, is_gzip=name.endswith(".gz"))
+        yield from _READERS[ending](path)
+
+
+@contextmanager
+def _faults_in_one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except pl.exceptions.NoDataError as error:
+        raise InteractionsError(f"{path} is empty; it must hold a log of clicks") from error
+    except (pl.exceptions.PolarsError, zlib.error, EOFError, OSError) as error:
+        # Polars and gzip raise an OSError of their own over a damaged file; the system's have a name for the fault.
+        if isinstance(error, OSError) and error.strerror:
+            raise InteractionsError(f"{path} cannot be read: {error.strerror}") from error
+        reason = str(error).partition("\n")[0]
+        raise InteractionsError(f"{path} cannot be read as its name says ({reason}); is the file whole?") from error
+
+
+def _require_content(path: Path, *, is_gzip: bool) -> None:
+    # Polars would read every file of a folder, and a plain file whatever its name says.
+    with path.open("rb") as file:
+        start = file.read(len(_GZIP))
+    if not start:
+        raise pl.exceptions.NoDataError
+    if is_gzip and start != _GZIP:
+        raise gzip.BadGzipFile("it is not compressed by gzip")
+
+
+def _csv_batches(path: Path) -> Iterator[pl.DataFrame]:
+    # Everything as text: an id such as 007 must not become the number 7. Polars uncompresses by itself.
+    yield from _streamed(pl.scan_csv(path, infer_schema=False, glob=False), path)
+
+
+def _parquet_batches(path: Path) -> Iterator[pl.DataFrame]:
+    yield from _streamed(pl.scan_parquet(path, glob=False), path)
+
+
+def _streamed(scan: pl.LazyFrame, path: Path) -> Iterator[pl.DataFrame]:
+    known = _require_columns(scan.collect_schema().names(), path)
+    yield from scan.select(known).collect_batches(chunk_size=BATCH_ROWS)
+
+
+def _json_batches(path: Path) -> Iterator[pl.DataFrame]:
+    """Each block has types of its own: a file whose ids are numbers here and text there is read all the same."""
+    with cast("BinaryIO", gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+        known: list[str] = []
+        for block in _blocks_of_lines(file, path):
+            scan = pl.scan_ndjson(block, infer_schema_length=None)
+            names = scan.collect_schema().names()
+            known = known or _require_columns(names, path)
+            found = [name for name in (*ID_COLUMNS, *ORDER_COLUMNS) if name in names]
+            yield scan.select(found).collect()
+
+
+def _blocks_of_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """The file in pieces of about `BLOCK_BYTES` that end where a line ends; pieces of white space are left out."""
+    while block := file.read(BLOCK_BYTES):
+        rest = file.readline(MAX_LINE_BYTES)
+        if len(rest) == MAX_LINE_BYTES:
+            raise InteractionsError(
+                f"{path} has a line of more than {MAX_LINE_BYTES >> 20} MiB; it must hold one click a line"
+            )
+        if block.strip() or rest.strip():
+            yield block + rest
+
+
+_READERS = {
+    ".csv": _csv_batches,
+    ".jsonl": _json_batches,
+    ".ndjson": _json_batches,
+    ".parquet": _parquet_batches,
+}
+
+
+def _require_columns(names: Sequence[str], path: Path) -> list[str]:
+    """The columns to read. Raises if one that is needed is not there."""
+    order = [name for name in ORDER_COLUMNS if name in names]
+    if not order or any(name not in names for name in ID_COLUMNS):
+        needed = f"user_id, item_id and one of {', '.join(ORDER_COLUMNS)}"
+        raise InteractionsError(f"{path} has columns {', '.join(names)}; it needs {needed}")
+    return [*ID_COLUMNS, *order]
+
+
+def _checked(batch: pl.DataFrame, order: Sequence[str], path: Path, rows_before: int) -> pl.DataFrame:
+    """The batch with ids as text and numbers to order by. `rows_before` are those of the batches before."""
+    for name in ORDER_COLUMNS:
+        if name in batch.columns and name not in order:
+            given = batch[name].is_not_null()
+            _refuse_rows(given, path, f"{name} is given, in the rows before it is not; give all or none", rows_before)
+    columns = [_ids(_column(batch, name), path, rows_before) for name in ID_COLUMNS]
+    columns += [_numbers(_column(batch, name), path, rows_before) for name in order]
+    return pl.DataFrame(columns)
+
+
+def _column(batch: pl.DataFrame, name: str) -> pl.Series:
+    """A column of the batch, all null where none of its rows has it."""
+    if name in batch.columns and batch[name].dtype != pl.Null:
+        return batch[name]
+    return pl.Series(name, [None] * len(batch), pl.String)
+
+
+def _ids(column: pl.Series, path: Path, rows_before: int) -> pl.Series:
+    name = column.name
+    if column.dtype not in (pl.String, pl.Categorical, pl.Enum) and not column.dtype.is_integer():
+        raise InteractionsError(f"{path}: column {name} is {column.dtype}; ids must be text or whole numbers")
+    ids = column.cast(pl.String)
+    _refuse_rows(ids.is_null() | (ids == ""), path, f"{name} is empty; every click needs one", rows_before)
+    broken = ids.str.contains("\n", literal=True) | ids.str.contains("\r", literal=True)
+    _refuse_rows(broken, path, f"{name} holds a line break; an id must be one line", rows_before)
+    return ids
+
+
+def _numbers(column: pl.Series, path: Path, rows_before: int) -> pl.Series:
+    if not column.dtype.is_numeric() and column.dtype != pl.String:
+        raise InteractionsError(f"{path}: column {column.name} is {column.dtype}; it must be numbers")
+    # Whole numbers stay whole: nanoseconds don't fit a float.
+    whole = column.cast(pl.Int64, strict=False)
+    if column.dtype.is_integer() or (column.dtype == pl.String and whole.null_count() == 0):
+        numbers, good = whole, whole.is_not_null()
+    else:
+        numbers = column.cast(pl.Float64, strict=False)
+        good = (numbers.abs() < _BEYOND_64_BITS).fill_null(value=False)  # polars holds NaN for the greatest number
+    allowed = "it must be a number that fits 64 bits: it orders the clicks of a user"
+    refuse_values(column, ~good, path, allowed, rows_before=rows_before)
+    return numbers
+
+
+def _refuse_rows(bad: pl.Series, path: Path, fault: str, rows_before: int) -> None:
+    if (row := bad.arg_true()).len():
+        raise InteractionsError(f"{path}: in data row {rows_before + row[0] + 1} {fault}")
