@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,9 @@ class Progress:
     best_step: int
     best_recall: float
     """Validation Recall@10 of the best weights so far; -1 before the first validation."""
+
+    curve: list[dict[str, Any]]
+    """A JSON object for each validation so far, as the bundle's metadata will have them."""
 
 
 def checkpoint_of(bundle_folder: Path) -> Path:
@@ -59,7 +63,7 @@ def read_checkpoint(path: Path, run: str, expected: Mapping[str, Tensor]) -> tup
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[_HEADER])
-            progress = Progress(header["run"], header["step"], header["best_step"], header["best_recall"])
+            progress = Progress(**header)
             tensors = {name: file.get_tensor(name) for name in expected} if progress.run == run else {}
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise TrainingError(f"{path} cannot be read as a checkpoint; delete it to start the training over") from error

@@ -5,9 +5,11 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import torch
 
@@ -43,7 +45,7 @@ class TrainingReport(NamedTuple):
     """Windows of histories."""
 
     seconds_left: float
-    """Until `max_steps`; early stopping may end it before."""
+    """Until `max_steps`, validations included; early stopping may end it before."""
 
 
 def ignore(report: TrainingReport) -> None:
@@ -103,6 +105,7 @@ def _run_to_the_end(run: TrainingRun, checkpoint: Path | None, on_report: Callab
     clock = _Clock(run)
     while run.wants_more():
         run.advance()
+        clock.has_stepped()
         validation = run.validate() if run.validation_is_due() else None
         if checkpoint is not None and (validation or clock.checkpoint_is_due()):
             run.save(checkpoint)
@@ -112,11 +115,19 @@ def _run_to_the_end(run: TrainingRun, checkpoint: Path | None, on_report: Callab
 
 
 class _Clock:
-    """When the next checkpoint and report are due, and how fast the steps go. Nothing that is trained depends on it."""
+    """When the next checkpoint and report are due, and how fast the steps go. Nothing that is trained depends on it.
+
+    Speed is that of this process, all but its first step: that one compiles and fills caches, and after a resume with
+    few steps left it would be most of what was measured.
+    """
 
     def __init__(self, run: TrainingRun) -> None:
-        self._run, self._first_step = run, run.step
+        self._run, self._before = run, run.step
         self._started = self._saved = self._reported = time.monotonic()
+
+    def has_stepped(self) -> None:
+        if self._run.step == self._before + 1:
+            self._first_ended = time.monotonic()
 
     def checkpoint_is_due(self) -> bool:
         return time.monotonic() - self._saved >= CHECKPOINT_SECONDS
@@ -130,7 +141,7 @@ class _Clock:
     def report(self, validation: Metrics | None) -> TrainingReport:
         run, settings = self._run, self._run.settings
         self._reported = time.monotonic()
-        steps_per_second = (run.step - self._first_step) / (self._reported - self._started)
+        steps_per_second = self._steps_per_second()
         return TrainingReport(
             step=run.step,
             max_steps=settings.max_steps,
@@ -141,6 +152,12 @@ class _Clock:
             seconds_left=(settings.max_steps - run.step) / steps_per_second,
         )
 
+    def _steps_per_second(self) -> float:
+        steps = self._run.step - self._before
+        if steps == 1:
+            return 1 / (self._reported - self._started)
+        return (steps - 1) / (self._reported - self._first_ended)
+
 
 def _split(interactions: Interactions, catalogue: Catalogue) -> Split:
     """Leave-one-out in rows of the catalogue, without the clicks on items that it doesn't hold."""
@@ -148,7 +165,11 @@ def _split(interactions: Interactions, catalogue: Catalogue) -> Split:
     validation, test = (HeldOut(asked.histories.known(), asked.answers) for asked in held_out)
     if not len(test.answers):
         raise TrainingError(f"no user has {MIN_CLICKS_TO_EVALUATE} clicks; give a log with longer histories")
-    return Split(train.known(), validation, test)
+    if not (known := train.known()).items.size:
+        raise TrainingError(
+            "no click that is left to learn from is on an item of the catalogue; give another catalogue"
+        )
+    return Split(known, validation, test)
 
 
 def _device(name: str) -> torch.device:
@@ -163,6 +184,7 @@ def _device(name: str) -> torch.device:
 def _metadata(
     interactions: Interactions, settings: TrainingSettings, run: TrainingRun, test: Metrics
 ) -> dict[str, Any]:
+    best = next(point for point in run.curve if point["step"] == run.best_step)
     return {
         "data": {
             "fingerprint": interactions.fingerprint,
@@ -172,8 +194,20 @@ def _metadata(
         },
         "settings": settings.to_json(),
         "run": run.run_id,
+        "device": run.loss.device.type,
         "steps": run.step,
         "best_step": run.best_step,
-        "metrics": {"validation": {"recall@10": round(run.best_recall, 6)}, "test": test.to_json()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "metrics": {"validation": best["validation"], "test": test.to_json()},
+        "curve": run.curve,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "lrurec": version("stream-app"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "numba": numba.__version__,
     }

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ class TrainingRun:
         self.windows = Windows.cut(train, settings.max_len)
         self.step, self.best_step, self.best_recall = 0, 0, -1.0
         self.loss = torch.zeros((), device=device)
+        self.curve: list[dict[str, Any]] = []
         self._validation, self.run_id = validation, run_id
         torch.manual_seed(settings.seed)
         self.model = LRURec(settings.architecture(num_items))
@@ -87,16 +89,13 @@ class TrainingRun:
         self.loss = torch.lerp(self.loss, loss.detach(), max(0.02, 1 / self.step))
 
     def validate(self) -> Metrics:
-        """Metrics of the averaged weights; they are kept if they are the best so far.
+        """Metrics of the averaged weights, added to the curve; the weights are kept if they are the best so far.
 
-        Raises `TrainingError` if the loss is no longer a number: nothing that follows could be.
+        Raises `TrainingError` if the loss is no longer a number.
         """
-        if not self.loss.isfinite():
-            raise TrainingError(
-                f"the loss is {self.loss.item()} at step {self.step:,}; train again with a lower learning rate "
-                f"than {self.settings.learning_rate:g}"
-            )
+        self._require_finite_loss()
         metrics = self.measure(self._average, self._validation)
+        self.curve.append(self._curve_point(metrics))
         if metrics.recall_at_10 > self.best_recall:
             self.best_recall, self.best_step = metrics.recall_at_10, self.step
             self._best.load_state_dict(self._average.state_dict())
@@ -107,8 +106,9 @@ class TrainingRun:
         return metrics_of(rank_answers(score_by_model(model), held_out, window=window, num_rows=num_rows))
 
     def save(self, path: Path) -> None:
-        """Replace the checkpoint by one of this step."""
-        progress = Progress(self.run_id, self.step, self.best_step, self.best_recall)
+        """Replace the checkpoint by one of this step. Raises `TrainingError` if the loss is no longer a number."""
+        self._require_finite_loss()
+        progress = Progress(self.run_id, self.step, self.best_step, self.best_recall, self.curve)
         write_checkpoint(path, progress, self._tensors())
 
     def resume(self, path: Path) -> None:
@@ -118,10 +118,28 @@ class TrainingRun:
             return
         progress, tensors = found
         self.step, self.best_step, self.best_recall = progress.step, progress.best_step, progress.best_recall
+        self.curve = list(progress.curve)
         for name, tensor in self._tensors().items():
             tensor.copy_(tensors[name])
         for parameter in self.model.parameters():
             self._optimizer.state[parameter]["step"].fill_(self.step)
+
+    def _require_finite_loss(self) -> None:
+        """Nothing that follows a loss that is no number could be one, also not after a resume."""
+        if not self.loss.isfinite():
+            raise TrainingError(
+                f"the loss is {self.loss.item()} at step {self.step:,}; train again with a lower learning rate "
+                f"than {self.settings.learning_rate:g}"
+            )
+
+    def _curve_point(self, metrics: Metrics) -> dict[str, Any]:
+        """What the bundle's metadata keep of a validation. No clock: a resumed run has the curve of an unbroken one."""
+        return {
+            "step": self.step,
+            "loss": round(float(self.loss), 6),
+            "learning_rate": self.settings.rate_at(self.step - 1),
+            "validation": metrics.to_json(),
+        }
 
     def _next_batch(self) -> Batch:
         size = self.settings.batch_size
@@ -143,7 +161,7 @@ class TrainingRun:
     def _tensors(self) -> dict[str, Tensor]:
         """All that changes from step to step, by name; the tensors themselves, not copies."""
         parts = {"model": self.model, "average": self._average, "best": self._best}
-        tensors = {
+        tensors = {"loss": self.loss} | {
             f"{part}/{name}": value for part, model in parts.items() for name, value in model.state_dict().items()
         }
         for name, parameter in self.model.named_parameters():

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
-from lrurec import train_command
+from lrurec import train_command, training
 from lrurec.bundle import load_bundle
 from lrurec.catalogue import Catalogue
 from lrurec.checkpoint import checkpoint_of
@@ -121,8 +122,31 @@ def test_the_metadata_say_where_a_model_comes_from(unbroken):
         "clicks": len(log.histories.items),
     }
     assert metadata["settings"] == SETTINGS.to_json()
-    assert set(metadata["versions"]) == {"python", "torch", "numpy"}
+    assert set(metadata["versions"]) == {"lrurec", "python", "torch", "numpy", "numba"}
     assert metadata["metrics"]["test"] == evaluate(unbroken, log).model.to_json()
+    assert metadata["device"] in ("cpu", "cuda")
+
+
+def test_the_metadata_hold_every_validation(unbroken):
+    reports = []
+    curve = train(cyclic_log(), SETTINGS, on_report=reports.append).metadata["curve"]
+    validated = [report for report in reports if report.validation]
+    assert [point["step"] for point in curve] == [20, 40, 60]
+    for point, report in zip(curve, validated, strict=True):
+        assert point["validation"] == report.validation.to_json()
+        assert point["loss"] == pytest.approx(report.loss, abs=1e-6)
+        assert point["learning_rate"] == SETTINGS.rate_at(point["step"] - 1)
+    assert curve == unbroken.metadata["curve"]
+    best = unbroken.metadata["best_step"]
+    assert unbroken.metadata["metrics"]["validation"] == curve[best // 20 - 1]["validation"]
+
+
+def test_the_loss_of_the_curve_falls_by_the_learning_rate(unbroken):
+    settings = dataclasses.replace(SETTINGS, schedule="linear", warmup_steps=5)
+    curve = train(cyclic_log(), settings).metadata["curve"]
+    rates, losses = ([point[name] for point in curve] for name in ("learning_rate", "loss"))
+    assert rates == sorted(rates, reverse=True)
+    assert losses == sorted(losses, reverse=True)
 
 
 class Interrupted(Exception):
@@ -142,6 +166,69 @@ def test_a_training_that_was_broken_off_goes_on_to_the_same_weights(tmp_path, un
     resumed = train(cyclic_log(), SETTINGS, checkpoint=checkpoint, on_report=reports.append)
     assert reports[0].step > interrupted_at
     assert_equal_weights(resumed, unbroken)
+    assert resumed.metadata == unbroken.metadata
+
+
+def test_the_loss_is_gone_on_from_between_two_validations(tmp_path, unbroken, monkeypatch):
+    """The running loss of a point of the curve has terms from before the kill."""
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(training, "REPORT_SECONDS", 0)
+
+    def interrupt(report):
+        if report.step == 33:
+            raise Interrupted
+
+    checkpoint = tmp_path / "c.safetensors"
+    with pytest.raises(Interrupted):
+        train(cyclic_log(), SETTINGS, checkpoint=checkpoint, on_report=interrupt)
+    assert train(cyclic_log(), SETTINGS, checkpoint=checkpoint).metadata == unbroken.metadata
+
+
+def test_a_training_that_diverges_is_not_saved_between_validations_either(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    checkpoint, reports = tmp_path / "c.safetensors", []
+    with pytest.raises(TrainingError, match=r"the loss is nan at step \d{1,2}; "):
+        train(
+            cyclic_log(),
+            dataclasses.replace(SETTINGS, learning_rate=1e30, validate_every=60),
+            checkpoint=checkpoint,
+            on_report=reports.append,
+        )
+    with safe_open(checkpoint, framework="pt") as file:
+        assert file.get_tensor("loss").isfinite()
+    assert not [report for report in reports if report.validation]
+
+
+def test_the_time_left_is_that_of_the_steps_left_also_after_a_resume(tmp_path, monkeypatch):
+    """A clock on which the first step of a process takes 100 s and any other 1 s."""
+    monkeypatch.setattr(training, "time", clock := Clock())
+    advance = training.TrainingRun.advance
+
+    def advance_in_time(run):
+        clock.now += 1 if clock.now else 100
+        advance(run)
+
+    monkeypatch.setattr(training.TrainingRun, "advance", advance_in_time)
+
+    def interrupt(report):
+        if report.step == 40:
+            raise Interrupted
+
+    checkpoint = tmp_path / "c.safetensors"
+    with pytest.raises(Interrupted):
+        train(cyclic_log(), SETTINGS, checkpoint=checkpoint, on_report=interrupt)
+    clock.now, reports = 0, []
+    train(cyclic_log(), SETTINGS, checkpoint=checkpoint, on_report=reports.append)
+    left = {report.step: report.seconds_left for report in reports}
+    assert left[41] == pytest.approx(19 * 100)
+    assert [left[step] for step in range(42, 61)] == pytest.approx(list(range(18, -1, -1)))
+
+
+class Clock:
+    now = 0
+
+    def monotonic(self):
+        return self.now
 
 
 def test_a_checkpoint_of_another_training_is_refused_and_kept(tmp_path):
@@ -170,6 +257,11 @@ def test_a_catalogue_may_hold_items_that_were_never_clicked():
     log = cyclic_log()
     wider = Catalogue([*log.catalogue.item_ids, "new"])
     assert train(log, dataclasses.replace(SETTINGS, max_steps=1), catalogue=wider).catalogue == wider
+
+
+def test_a_catalogue_without_a_clicked_item_is_refused():
+    with pytest.raises(TrainingError, match="another catalogue"):
+        train(cyclic_log(), SETTINGS, catalogue=Catalogue(["new"]))
 
 
 def test_histories_too_short_to_validate_on_are_refused():
@@ -209,7 +301,7 @@ PROGRAM = textwrap.dedent(
     f"""
     import sys
     from pathlib import Path
-    from lrurec import train_command
+    from lrurec import train_command, training
     from lrurec.presets import TrainingSettings
 
     train_command.preset = lambda name: {KILLED!r}
@@ -258,6 +350,7 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(tmp_path, l
     assert not checkpoint_of(out).exists()
     undisturbed = train(read_interactions(log_file), dataclasses.replace(KILLED, seed=3), device="cpu")
     assert_equal_weights(load_bundle(out), undisturbed)
+    assert load_bundle(out).metadata["curve"] == undisturbed.metadata["curve"]
     # The same command once more has nothing left to do.
     monkeypatch.setattr(train_command, "preset", lambda name: KILLED)
     train_command.train_bundle(log_file, out, preset_name="default", max_steps=None, seed=3, device="cpu")
