@@ -116,7 +116,21 @@ def _commands() -> None:
 @click.option("--max-steps", type=click.IntRange(1), metavar="N", help="End after N steps.  [default: the preset's]")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=42, show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-def train(interactions: Path, out: Path, preset_name: str, max_steps: int | None, seed: int, device: str) -> None:
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Draw what `lrurec report` draws, once trained: .html, .png or .svg.",
+)
+def train(
+    interactions: Path,
+    out: Path,
+    preset_name: str,
+    max_steps: int | None,
+    seed: int,
+    device: str,
+    report: Path | None,
+) -> None:
     """Train a model on a log of clicks and write a bundle.
 
     The same command goes on after a kill, from the checkpoint beside the bundle, to the same weights as if it had
@@ -124,7 +138,28 @@ def train(interactions: Path, out: Path, preset_name: str, max_steps: int | None
     """
     from lrurec.train_command import train_bundle
 
-    train_bundle(interactions, out, preset_name=preset_name, max_steps=max_steps, seed=seed, device=device)
+    train_bundle(
+        interactions, out, preset_name=preset_name, max_steps=max_steps, seed=seed, device=device, report=report
+    )
+
+
+@_commands.command(epilog="lrurec report shop.bundle --out shop.html")
+@_BUNDLE
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The .html, .png or .svg to write."
+)
+def report(bundle: Path, out: Path) -> None:
+    """Draw how a bundle's training went and what its model remembers.
+
+    Loss and validation by step, the best step, and |λ| and phase of the channels of every block. An .html is one file
+    that needs no network. Needs matplotlib: pip install 'stream-app[report]'.
+    """
+    from lrurec.bundle import load_bundle
+    from lrurec.report import require_drawable, write_report
+
+    require_drawable(out)
+    write_report(out, load_bundle(bundle), bundle.name)
+    click.echo(f"{out}: the report on {bundle}")
 
 
 @_commands.command(epilog="lrurec evaluate shop.bundle --interactions clicks.csv.gz --json")

@@ -8,6 +8,7 @@
     ├── InteractionsError   a log of clicks that cannot be read
     ├── TrainingError       a training that cannot start or go on
     ├── DeviceError         a device that is not there
+    ├── ReportError         a report that cannot be drawn or written
     └── OutputError         a standard output that cannot be written
 
 Each carries one line: what was given, what is allowed, what to do. `lrurec` prints it and exits with code 1.
@@ -37,6 +38,9 @@ class TrainingError(LRURecError): ...
 
 
 class DeviceError(LRURecError): ...
+
+
+class ReportError(LRURecError): ...
 
 
 class OutputError(LRURecError): ...

@@ -5,16 +5,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import click
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from lrurec.bundle import CONFIG_FILE, Bundle, load_bundle, require_writable_target, save_bundle
 from lrurec.checkpoint import checkpoint_of
 from lrurec.errors import BundleError
+from lrurec.evaluation import Metrics
 from lrurec.interactions import read_interactions
 from lrurec.presets import preset
+from lrurec.report import require_drawable, write_report
 from lrurec.training import TrainingReport, run_id
 from lrurec.training import train as train_model
 
@@ -23,10 +26,22 @@ LINE_SECONDS = 2.0
 
 
 def train_bundle(
-    interactions: Path, out: Path, *, preset_name: str, max_steps: int | None, seed: int, device: str
+    interactions: Path,
+    out: Path,
+    *,
+    preset_name: str,
+    max_steps: int | None,
+    seed: int,
+    device: str,
+    report: Path | None = None,
 ) -> None:
-    """Train, save, and tell on stdout. A bundle that this very training has made is left as it is."""
+    """Train, save, draw the report if one is asked for, and tell on stdout.
+
+    A bundle that this very training has made is left as it is.
+    """
     require_writable_target(out)
+    if report is not None:
+        require_drawable(report)
     log = read_interactions(interactions)
     settings = dataclasses.replace(preset(preset_name), seed=seed)
     if max_steps is not None:
@@ -38,10 +53,14 @@ def train_bundle(
         if checkpoint.exists():
             click.echo(f"going on from {checkpoint}")
         with _progress(settings.max_steps) as on_report:
-            done = train_model(log, settings, device=device, checkpoint=checkpoint, on_report=on_report)
+            trained = train_model(log, settings, device=device, checkpoint=checkpoint, on_report=on_report)
+        arguments = {"interactions": interactions.name, "preset": preset_name, "device": device}
+        done = dataclasses.replace(trained, metadata={"arguments": arguments, **trained.metadata})
         save_bundle(out, done)
     checkpoint.unlink(missing_ok=True)
     click.echo(_summary(out, done))
+    if report is not None:
+        write_report(report, done, out.name)
 
 
 def _trained_before(out: Path, identity: str) -> Bundle | None:
@@ -65,14 +84,20 @@ def _summary(out: Path, bundle: Bundle) -> str:
 
 @contextmanager
 def _progress(max_steps: int) -> Iterator[Callable[[TrainingReport], None]]:
-    """A bar on a terminal, a line now and then elsewhere."""
+    """A bar on a terminal under a line for every validation; elsewhere a line now and then."""
     if not sys.stdout.isatty():
         yield _Lines()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task("first steps", total=max_steps)
-        yield lambda report: bar.update(task, completed=report.step, description=_line(report))
+    columns = (BarColumn(bar_width=None), TextColumn("{task.description}"))
+    with Progress(*columns, expand=True) as bar:
+        task = bar.add_task("starting", total=max_steps)
+
+        def show(report: TrainingReport) -> None:
+            if report.validation:
+                bar.console.print(_validation_line(report, report.validation), highlight=False, soft_wrap=True)
+            bar.update(task, completed=report.step, description=_short_line(report))
+
+        yield show
 
 
 class _Lines:
@@ -91,5 +116,25 @@ def _line(report: TrainingReport) -> str:
         parts.append(f"validation recall@10 {report.validation.recall_at_10:.4f}")
     if report.best_recall_at_10 is not None:
         parts.append(f"best {report.best_recall_at_10:.4f}")
-    parts += [f"{report.examples_per_second:,.0f} examples/s", f"{report.seconds_left:,.0f} s left"]
+    parts += [f"{report.examples_per_second:,.0f} examples/s", _time_left(report)]
     return ", ".join(parts)
+
+
+def _short_line(report: TrainingReport) -> str:
+    """What stands beside the bar: it must leave room for one in 80 columns."""
+    parts = [f"{report.step:,}/{report.max_steps:,}", f"loss {report.loss:.3f}"]
+    if report.best_recall_at_10 is not None:
+        parts.append(f"best {report.best_recall_at_10:.4f}")
+    parts += [f"{report.examples_per_second:,.0f} examples/s", _time_left(report)]
+    return "  ".join(parts)
+
+
+def _validation_line(report: TrainingReport, metrics: Metrics) -> str:
+    values = f"validation recall@10 {metrics.recall_at_10:.4f}, ndcg@10 {metrics.ndcg_at_10:.4f}"
+    best = ", best" if metrics.recall_at_10 == report.best_recall_at_10 else ""
+    return f"step {report.step:,}: loss {report.loss:.3f}, {values}{best}"
+
+
+def _time_left(report: TrainingReport) -> str:
+    """Hours, minutes and seconds until the last step."""
+    return f"{timedelta(seconds=round(report.seconds_left))} left"

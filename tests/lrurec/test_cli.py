@@ -1,8 +1,10 @@
 """The commands as users and programs meet them."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,7 +60,7 @@ def assert_one_line(text):
 
 
 class TestHelp:
-    @pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["recommend"], ["convert"]])
+    @pytest.mark.parametrize("command", [[], ["train"], ["report"], ["evaluate"], ["recommend"], ["convert"]])
     def test_shows_an_example(self, lrurec, command):
         code, out, _ = lrurec(*command, "--help")
         assert code == 0
@@ -128,6 +130,18 @@ class TestEvaluate:
         assert [line.split()[0] for line in out.splitlines()] == ["32", "model", "popular"]
 
 
+LITTLE = [["aaa"], ["aaaaaaaa"], ["aba"], ["abcde"], ["aaa", "a", "b"], ["abc", "bca", "cab"], ["abc", "d"]]
+"""Logs in which little is to be learnt: a user each, a letter for a click."""
+
+TOO_LITTLE = [["a"], ["ab"], ["a", "b", "c"], ["ab", "ba"]]
+
+
+def write_log(path, users):
+    rows = [f"u{user},{item},{place}" for user, items in enumerate(users) for place, item in enumerate(items)]
+    path.write_text("\n".join(["user_id,item_id,position", *rows]))
+    return path
+
+
 @pytest.mark.usefixtures("quick_preset")
 class TestTrain:
     def test_writes_a_bundle_and_leaves_nothing_beside_it(self, lrurec, log, tmp_path):
@@ -154,13 +168,66 @@ class TestTrain:
         assert lrurec(*command, 6)[0] == 0
         assert load_bundle(tmp_path / "b").metadata["steps"] == 6
 
+    def test_records_its_arguments(self, lrurec, log, tmp_path):
+        lrurec("train", "--interactions", log, "--out", tmp_path / "b", "--max-steps", 1, "--device", "cpu")
+        expected = {"interactions": "log.csv", "preset": "default", "device": "cpu"}
+        assert load_bundle(tmp_path / "b").metadata["arguments"] == expected
+
+    @pytest.mark.parametrize("users", LITTLE, ids=str)
+    def test_learns_what_there_is_from_little(self, lrurec, tmp_path, users):
+        log = write_log(tmp_path / "little.csv", users)
+        code, out, err = lrurec("train", "--interactions", log, "--out", tmp_path / "b", "--max-steps", 3)
+        assert (code, err) == (0, "")
+        assert out.count("step ") >= 1
+        code, out, _ = lrurec("evaluate", tmp_path / "b", "--interactions", log, "--json")
+        assert (code, json.loads(out)["users"]) == (0, sum(len(user) >= 3 for user in users))
+        code, out, _ = lrurec("recommend", tmp_path / "b", "--json")
+        assert len(json.loads(out)["items"]) == len({item for user in users for item in user})
+
+    @pytest.mark.parametrize("users", TOO_LITTLE, ids=str)
+    def test_says_what_is_missing_where_there_is_nothing_to_learn(self, lrurec, tmp_path, users):
+        log = write_log(tmp_path / "little.csv", users)
+        code, _, err = lrurec("train", "--interactions", log, "--out", tmp_path / "b")
+        assert code == 1
+        assert_one_line(err)
+        assert "no user has 3 clicks" in err
+        assert {path.name for path in tmp_path.iterdir()} == {"little.csv"}
+
+    @pytest.mark.parametrize("name", ["r.html", "r.png", "r.svg", "r.PNG"])
+    def test_draws_a_report_also_when_the_bundle_is_there(self, lrurec, log, tmp_path, name):
+        command = ("train", "--interactions", log, "--out", tmp_path / "b", "--max-steps", 20, "--report")
+        assert lrurec(*command, tmp_path / name)[0] == 0
+        first = (tmp_path / name).read_bytes()
+        (tmp_path / name).unlink()
+        assert lrurec(*command, tmp_path / name)[0] == 0
+        assert (tmp_path / name).read_bytes() == first
+
+    @pytest.mark.parametrize("name", ["r.txt", "r", "no such folder/r.html", "folder.html"])
+    def test_refuses_a_report_that_cannot_be_before_it_trains(self, lrurec, log, tmp_path, name):
+        (tmp_path / "folder.html").mkdir()
+        code, out, err = lrurec("train", "--interactions", log, "--out", tmp_path / "b", "--report", tmp_path / name)
+        assert (code, out) == (1, "")
+        assert_one_line(err)
+        assert not (tmp_path / "b").exists()
+
     def test_refuses_a_folder_of_other_files_before_it_trains(self, lrurec, log, tmp_path):
         code, out, err = lrurec("train", "--interactions", log, "--out", tmp_path)
         assert (code, out) == (1, "")
         assert_one_line(err)
 
 
+class TestReport:
+    def test_draws_a_bundle(self, lrurec, folder, tmp_path):
+        code, out, err = lrurec("report", folder, "--out", tmp_path / "r.html")
+        assert (code, err) == (0, "")
+        assert "r.html" in out
+        assert "<svg" in (tmp_path / "r.html").read_text()
+
+
 ERRORS = {
+    "no bundle to draw": (["report", "nothing", "--out", "r.html"], 1),
+    "a report of another kind": (["report", "b", "--out", "r.pdf"], 1),
+    "a report over a folder": (["report", "b", "--out", "b"], 1),
     "no such bundle": (["recommend", "nothing"], 1),
     "no such log": (["evaluate", "b", "--interactions", "nothing.csv"], 1),
     "no such checkpoint": (["convert", "nothing.pth", "--out", "x"], 1),
@@ -199,6 +266,33 @@ def test_an_interrupt_ends_quietly_with_130(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "")
+
+
+def test_on_a_terminal_a_bar_fits_its_line_and_every_validation_has_one(tmp_path, log):
+    terminal, end = os.openpty()
+    command = [*COMMAND, "train", "--interactions", str(log), "--out", str(tmp_path / "b"), "--preset", "eshop"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "NO_COLOR": "1"}
+    with subprocess.Popen([*command, "--max-steps", "460"], stdout=end, stderr=end, env=environment) as process:
+        os.close(end)
+        shown = read_terminal(terminal)
+    assert process.returncode == 0, shown
+    lines = [line for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)) if line.strip()]
+    bars = [line for line in lines if "━" in line]
+    assert max(map(len, bars)) == 80
+    assert re.search(r"━ 460/460  loss \d\.\d+  best \d\.\d+  [\d,]+ examples/s  0:00:00 left$", bars[-1])
+    validations = [line for line in lines if re.match(r"step \d+: loss .*, validation recall@10 ", line)]
+    assert [line.split(":")[0] for line in validations] == ["step 225", "step 450", "step 460"]
+    assert validations[0].endswith(", best")
+
+
+def read_terminal(terminal):
+    """All that comes until the last process on the other end is gone, when Linux says EIO."""
+    content = b""
+    with contextlib.suppress(OSError):
+        while part := os.read(terminal, 65_536):
+            content += part
+    os.close(terminal)
+    return content.decode()
 
 
 def test_a_reader_that_goes_away_gets_no_traceback(folder):
