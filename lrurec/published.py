@@ -92,10 +92,9 @@ def _tensor_of(name: str, array: object, path: Path) -> Tensor:
 
 def _read_pth(path: Path) -> dict[str, Tensor]:
     try:
-        with path.open("rb") as file:
-            zipped = file.read(len(ZIP)) == ZIP
-        _check_zipped_pickle(path) if zipped else _check_legacy_pickles(path)
-        with warnings.catch_warnings(action="ignore"):  # of pickle's protocols, which say nothing to a user
+        with warnings.catch_warnings(action="ignore"):  # of pickle's protocols and escapes: they say nothing to a user
+            zipped = _is_zipped(path)
+            _check_zipped_pickle(path) if zipped else _check_legacy_pickles(path)
             # Mapped, no tensor can be longer than the file; and what nobody asks for is never read.
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UNREADABLE as error:
@@ -106,6 +105,11 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     if not isinstance(value, Mapping) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
         raise CheckpointError(f"{path} holds no state_dict (a mapping of names to tensors); save model.state_dict()")
     return _plain_tensors(path, value)
+
+
+def _is_zipped(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(ZIP)) == ZIP
 
 
 def _plain_tensors(path: Path, state: Mapping[object, Tensor]) -> dict[str, Tensor]:

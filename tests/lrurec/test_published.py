@@ -238,6 +238,7 @@ def test_a_program_in_a_pth_is_refused_without_advice_to_run_it(tmp_path):
     [
         b"\x80\x02cos\x1b[31m set weights_only=False\nsystem\n.",
         b"\x80\x02ccollections\nOrderedDict\n\xfe.",
+        b"S'\\?'\n.",
         pickle.dumps({"\x1b[2Jweights_only": 3}, 2),
     ],
 )
