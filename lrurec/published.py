@@ -38,6 +38,9 @@ CALLS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor|tens
 UNTYPED_STORAGE = "torch UntypedStorage"
 """The one storage that a pickle could make of any size, without a record in the file."""
 
+PICKLE_BYTES = 4 << 20
+"""A state_dict's pickle has 200 bytes a tensor; reading one of this length takes ten seconds."""
+
 LEGACY_PICKLES = 5
 """Before torch 1.6: magic number, protocol, system, the value, the keys of its storages; then the numbers."""
 
@@ -168,7 +171,9 @@ def _check_legacy_pickles(path: Path) -> None:
 
 def _check_calls(path: Path, pickled: object) -> None:
     """Refuse a pickle that names anything but tensors, without running it; the name is repeated if it is harmless."""
-    for opcode, argument, _ in pickletools.genops(pickled):  # type: ignore[arg-type]
+    for opcode, argument, place in pickletools.genops(pickled):  # type: ignore[arg-type]
+        if (place or 0) > PICKLE_BYTES:
+            raise CheckpointError(f"{path} holds far more than a state_dict's tensors; save model.state_dict() alone")
         if opcode.name == "GLOBAL" and (not CALLS.fullmatch(str(argument)) or argument == UNTYPED_STORAGE):
             raise _foreign(path, str(argument).replace(" ", ".", 1))
         if opcode.name in ("STACK_GLOBAL", "INST"):

@@ -20,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lrurec import published
 from lrurec.config import LRURecConfig
 from lrurec.convert import _published_shapes, convert
 from lrurec.errors import CheckpointError
@@ -267,6 +268,15 @@ def test_a_pickle_that_asks_for_more_than_the_file_holds_is_refused(tmp_path, bo
     value, records = BOMBS[bomb]
     save_pth(tmp_path / "bomb.pth", value, records)
     refused(tmp_path / "bomb.pth")
+
+
+def test_a_pickle_that_takes_for_ever_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(published, "PICKLE_BYTES", 20_000)  # the real one takes ten seconds
+    endless = b"\x80\x02)" + b"\x85" * 10_000_000 + b"."
+    (tmp_path / "legacy.pth").write_bytes(endless)
+    save_pth(tmp_path / "a.pth", endless)
+    for name in ("legacy.pth", "a.pth"):
+        assert "far more than" in refused(tmp_path / name)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
