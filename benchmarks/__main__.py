@@ -1,8 +1,9 @@
 """`make bench`: every measurement, one after the other."""
 
-from benchmarks import backlog, golden, training
+from benchmarks import backlog, golden, step, training
 
 if __name__ == "__main__":
     golden.main()
+    step.main()
     training.main()
     backlog.main()

@@ -14,16 +14,10 @@ Its `state_dict`, by name; d = hidden units, h = 2d:
 | ….feed_forward.w_1, w_2, layer_norm | (4d, d), (d, 4d), (d,) | ….feed_forward.inner, outer, layer_norm |
 """
 
-import pickle
 import re
-import struct
-import warnings
-import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,24 +25,10 @@ from lrurec.bundle import Bundle, make_bundle
 from lrurec.catalogue import Catalogue
 from lrurec.config import LRURecConfig
 from lrurec.errors import BundleError, CatalogueError, CheckpointError
+from lrurec.published import named, one_line, read_published
 
-PREFIX = "param/"
-"""Of the parameters' names in a `.npz` that holds other arrays too."""
-
-WRAPPERS = ("model_state_dict", "state_dict")
-"""Keys under which training programs keep the state_dict beside the optimizer's."""
-
-UNREADABLE = (
-    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
-    *(TypeError, ValueError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error),
-)
-"""What numpy's and torch's readers raise over files made to mislead them."""
-
-SAFEGUARDS = ("weights_only", "allow_pickle")
-"""The arguments that keep torch and numpy from running what a file holds; both name them when they refuse it."""
-
-GLOBAL = re.compile(r"GLOBAL ([\w.]{1,200})\s")
-"""In torch's refusal: what of which module the file would have called."""
+ITEM_ID_BYTES = 4_096
+"""A file of item ids may have so many bytes an item: what doesn't end is not read for ever."""
 
 EMBEDDING = "embedding.token.weight"
 BLOCK = re.compile(r"model\.lru_blocks\.(\d{1,4})\.")
@@ -64,65 +44,11 @@ def convert(checkpoint: Path | str, items: Path | str | None = None) -> Bundle:
     checkpoint = Path(checkpoint)
     published = read_published(checkpoint)
     config, weights = convert_weights(published, source=str(checkpoint))
-    catalogue = _numbered(config.num_items) if items is None else _read_catalogue(Path(items))
+    catalogue = _numbered(config.num_items) if items is None else _read_catalogue(Path(items), config.num_items)
     try:
         return make_bundle(config, weights, catalogue, {"converted_from": checkpoint.name}, source=str(checkpoint))
     except BundleError as error:
         raise CheckpointError(str(error)) from error
-
-
-def read_published(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth` or `.npz` by published name, as they lie in the file. Raises `CheckpointError`."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file; name a .pth or .npz of the published implementation")
-    readers = {".npz": _read_npz, ".pth": _read_pth, ".pt": _read_pth}
-    if (reader := readers.get(path.suffix.lower())) is None:
-        raise CheckpointError(f"{path} ends in {path.suffix!r}; allowed are .pth, .pt and .npz")
-    return reader(path)
-
-
-def _read_npz(path: Path) -> dict[str, Tensor]:
-    try:
-        # Opened here: numpy forgets to close a file that turns out not to be an archive.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            prefixed = any(name.startswith(PREFIX) for name in archive.files)
-            names = [name for name in archive.files if name.startswith(PREFIX) or not prefixed]
-            arrays = {name.removeprefix(PREFIX): archive[name] for name in names}
-    except UNREADABLE as error:
-        raise _refusal(path, ".npz of plain arrays", error) from error
-    return {name: _tensor_of(name, array, path) for name, array in arrays.items()}
-
-
-def _tensor_of(name: str, array: object, path: Path) -> Tensor:
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fc":
-        raise CheckpointError(f"{path}: {name!r} is not an array of numbers with a fraction; is it a state_dict?")
-    kind = np.complex64 if array.dtype.kind == "c" else np.float32
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=kind).reshape(array.shape))
-
-
-def _read_pth(path: Path) -> dict[str, Tensor]:
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of pickle's protocols, which say nothing to a user
-            value = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        raise _refusal(path, ".pth of tensors only", error) from error
-    for wrapper in WRAPPERS:
-        if isinstance(value, Mapping) and isinstance(value.get(wrapper), Mapping):
-            value = value[wrapper]
-    if not isinstance(value, Mapping) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
-        raise CheckpointError(f"{path} holds no state_dict (a mapping of names to tensors); save model.state_dict()")
-    return {str(name).removeprefix("module."): tensor for name, tensor in value.items()}
-
-
-def _refusal(path: Path, wanted: str, error: Exception) -> CheckpointError:
-    """What is wrong with a file. Torch and numpy answer code in it by telling how to have it run: we never do."""
-    if not any(name in str(error) for name in SAFEGUARDS):
-        return CheckpointError(f"{path} is not a {wanted} ({_one_line(error)}); nothing in it was run")
-    found = GLOBAL.search(str(error))
-    named = f": the global {found[1]}" if found else ""
-    return CheckpointError(
-        f"{path} holds something other than tensors{named}; nothing in it was run; save model.state_dict() alone"
-    )
 
 
 def convert_weights(published: Mapping[str, Tensor], *, source: str) -> tuple[LRURecConfig, dict[str, Tensor]]:
@@ -135,7 +61,9 @@ def convert_weights(published: Mapping[str, Tensor], *, source: str) -> tuple[LR
     if missing := sorted(expected.keys() - published.keys()):
         raise CheckpointError(f"{source} lacks {missing[0]!r} ({len(missing)} missing); is it an LRURec state_dict?")
     if unknown := sorted(published.keys() - expected.keys()):
-        raise CheckpointError(f"{source} holds {unknown[0]!r}, which LRURec doesn't have; is it an LRURec state_dict?")
+        raise CheckpointError(
+            f"{source} holds {named(unknown[0])}, which LRURec doesn't have; is it an LRURec state_dict?"
+        )
     for name, (shape, dtype) in expected.items():
         _check_tensor(name, published[name], shape, dtype, source)
     return config, _rename(published, config.num_blocks)
@@ -144,11 +72,11 @@ def convert_weights(published: Mapping[str, Tensor], *, source: str) -> tuple[LR
 def _config_of(published: Mapping[str, Tensor], source: str) -> LRURecConfig:
     embedding = published.get(EMBEDDING)
     if embedding is None or embedding.ndim != 2 or min(embedding.shape[0] - 1, embedding.shape[1]) < 1:
-        given = "none" if embedding is None else f"shape {list(embedding.shape)}"
+        given = "none" if embedding is None else f"shape {_short(embedding.shape)}"
         raise CheckpointError(f"{source}: {EMBEDDING!r} is {given}; it must be (items + 1, hidden units)")
     blocks = {int(found[1]) for name in published if (found := BLOCK.match(name))}
     if not blocks or blocks != set(range(len(blocks))):
-        raise CheckpointError(f"{source} has blocks {sorted(blocks)}; they must be 0, 1, … without a gap")
+        raise CheckpointError(f"{source} has blocks {_short(sorted(blocks))}; they must be 0, 1, … without a gap")
     rows, width = embedding.shape
     return LRURecConfig(num_items=rows - 1, hidden_units=width, num_blocks=len(blocks))
 
@@ -180,8 +108,8 @@ def _published_shapes(config: LRURecConfig) -> dict[str, tuple[tuple[int, ...], 
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, source: str) -> None:
-    if tensor.is_sparse or tensor.is_quantized or tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        given = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        given = f"{str(tensor.dtype).removeprefix('torch.')} {_short(tensor.shape)}"
         allowed = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
         raise CheckpointError(f"{source}: {name!r} is {given}; it must be {allowed}")
     if not bool(tensor.isfinite().all()):
@@ -205,9 +133,9 @@ def _rename_block(block: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "lru.nu_log": nu_log,
         "lru.theta_log": theta_log,
         "lru.gamma_log": gamma_log,
-        "lru.input_weight": torch.view_as_real(block["lru_layer.in_proj.weight"].resolve_conj()),
-        "lru.input_bias": torch.view_as_real(block["lru_layer.in_proj.bias"].resolve_conj()),
-        "lru.output_weight": torch.view_as_real(block["lru_layer.out_proj.weight"].resolve_conj()),
+        "lru.input_weight": torch.view_as_real(block["lru_layer.in_proj.weight"]),
+        "lru.input_bias": torch.view_as_real(block["lru_layer.in_proj.bias"]),
+        "lru.output_weight": torch.view_as_real(block["lru_layer.out_proj.weight"]),
         "lru.output_bias": block["lru_layer.out_proj.bias"].real,
     }
     for kind in ("weight", "bias"):
@@ -222,16 +150,21 @@ def _numbered(num_items: int) -> Catalogue:
     return Catalogue(str(row) for row in range(1, num_items + 1))
 
 
-def _read_catalogue(path: Path) -> Catalogue:
+def _read_catalogue(path: Path, num_items: int) -> Catalogue:
+    """The ids of a file of one id a line. Raises `CheckpointError`."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} cannot be read: it is no file; name a file of one item id a line")
     try:
+        if path.stat().st_size > num_items * ITEM_ID_BYTES:
+            raise CheckpointError(f"{path} is far too long for {num_items:,} items; it must hold one item id a line")
         return Catalogue.from_text(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, CatalogueError) as error:
-        raise CheckpointError(f"{path}: {_one_line(error)}") from error
+        raise CheckpointError(f"{path}: {one_line(error)}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; name a file of one item id a line") from error
 
 
-def _one_line(error: Exception) -> str:
-    """The first line of another library's message: theirs run over pages."""
-    lines = str(error).splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+def _short(sizes: Sequence[int]) -> str:
+    """A list of numbers that a file gives, no longer than a line may be."""
+    text = str(list(sizes[:20]))
+    return text if len(sizes) <= 20 else f"{text[:-1]}, …]"

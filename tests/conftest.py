@@ -14,6 +14,7 @@ _CHECKED = (
     "interactions",
     "loss",
     "model",
+    "published",
     "recommendation",
     "recurrence",
     "serving",
