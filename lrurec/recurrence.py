@@ -52,8 +52,9 @@ class LRU(nn.Module):
         self.gamma_log.copy_(0.5 * (1 - squared_radius).log())
 
     def eigenvalues(self) -> Complex64[Tensor, " h"]:
-        """λ."""
-        return torch.exp(torch.complex(-self.nu_log.exp(), self.theta_log.exp()))
+        """λ, computed in float64: what its rounding costs grows with the length of a history where |λ| is near 1."""
+        exponent = torch.complex(-self.nu_log.double().exp(), self.theta_log.double().exp())
+        return torch.exp(exponent).to(torch.complex64)
 
     def drive(self, x: Float32[Tensor, "n d"]) -> Complex64[Tensor, "n h"]:
         """γ ∘ (B x + b): what one click adds to the state."""

@@ -13,11 +13,16 @@ from lrurec.errors import TrainingError
 from lrurec.evaluation import Metrics, metrics_of, rank_answers, score_by_model
 from lrurec.interactions import HeldOut, Histories
 from lrurec.loss import softmax_cross_entropy
+from lrurec.memory import return_freed_memory
 from lrurec.model import LRURec
 from lrurec.presets import TrainingSettings
 from lrurec.windows import Batch, Windows, epoch_order
 
 ADAM_EPS = 1e-9
+
+_STEPS_PER_RETURN = 20
+"""Steps after which freed memory goes back to the system; it takes some milliseconds."""
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Of AdamW, as torch names them; with the number of steps they are all that it remembers."""
 
@@ -86,6 +91,8 @@ class TrainingRun:
         self._optimizer.step()
         self._update_average()
         self.step += 1
+        if self.step % _STEPS_PER_RETURN == 0:
+            return_freed_memory()
         self.loss = torch.lerp(self.loss, loss.detach(), max(0.02, 1 / self.step))
 
     def validate(self) -> Metrics:
