@@ -37,9 +37,12 @@ class TrainingSettings:
     """Windows of a user's history in one step."""
 
     max_steps: int = 40_000
+    epochs: int | None = None
+    """Passes over the windows, where `max_steps` doesn't end the training before; None leaves it to early stopping."""
+
     learning_rate: float = 1e-3
     schedule: Literal["constant", "linear"] = "constant"
-    """`linear` falls from the learning rate to 0 at `max_steps`; short trainings gain by it."""
+    """`linear` falls from the learning rate to 0 at the last step: as good in a fraction of the steps."""
 
     warmup_steps: int = 0
     """Steps in which the learning rate rises from 0."""
@@ -70,6 +73,8 @@ class TrainingSettings:
         for name in ("batch_size", "max_steps", "validate_every", "patience"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.epochs is not None and self.epochs < 1:
+            raise TrainingError(f"epochs is {self.epochs}; it must be at least 1, or None")
         if not 0 <= self.seed < MAX_SEEDS:
             raise TrainingError(f"seed is {self.seed}; it must be at least 0 and below {MAX_SEEDS}")
         if not 0 <= self.average_decay < 1:
@@ -84,10 +89,15 @@ class TrainingSettings:
             dropout=self.dropout,
         )
 
-    def rate_at(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
+    def steps_over(self, num_windows: int) -> int:
+        """Steps of a whole training, early stopping aside."""
+        batches = -(-num_windows // self.batch_size)
+        return self.max_steps if self.epochs is None else min(self.max_steps, self.epochs * batches)
+
+    def rate_at(self, step: int, steps: int) -> float:
+        """Learning rate of a step, counted from 0, of `steps` in all."""
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        left = 1 - step / self.max_steps if self.schedule == "linear" else 1.0
+        left = 1 - step / steps if self.schedule == "linear" else 1.0
         return self.learning_rate * warm * left
 
     def to_json(self) -> dict[str, int | float | str | bool | None]:

@@ -52,7 +52,7 @@ def train_bundle(
         click.echo(f"{interactions}: {clicks:,} clicks of {users:,} users on {items:,} items")
         if checkpoint.exists():
             click.echo(f"going on from {checkpoint}")
-        with _progress(settings.max_steps) as on_report:
+        with _progress() as on_report:
             trained = train_model(log, settings, device=device, checkpoint=checkpoint, on_report=on_report)
         arguments = {"interactions": interactions.name, "preset": preset_name, "device": device}
         done = dataclasses.replace(trained, metadata={"arguments": arguments, **trained.metadata})
@@ -83,19 +83,19 @@ def _summary(out: Path, bundle: Bundle) -> str:
 
 
 @contextmanager
-def _progress(max_steps: int) -> Iterator[Callable[[TrainingReport], None]]:
+def _progress() -> Iterator[Callable[[TrainingReport], None]]:
     """A bar on a terminal under a line for every validation; elsewhere a line now and then."""
     if not sys.stdout.isatty():
         yield _Lines()
         return
     columns = (BarColumn(bar_width=None), TextColumn("{task.description}"))
     with Progress(*columns, expand=True) as bar:
-        task = bar.add_task("starting", total=max_steps)
+        task = bar.add_task("starting", total=None)
 
         def show(report: TrainingReport) -> None:
             if report.validation:
                 bar.console.print(_validation_line(report, report.validation), highlight=False, soft_wrap=True)
-            bar.update(task, completed=report.step, description=_short_line(report))
+            bar.update(task, total=report.steps, completed=report.step, description=_short_line(report))
 
         yield show
 
@@ -111,7 +111,7 @@ class _Lines:
 
 
 def _line(report: TrainingReport) -> str:
-    parts = [f"step {report.step:,} of {report.max_steps:,}", f"loss {report.loss:.3f}"]
+    parts = [f"step {report.step:,} of {report.steps:,}", f"loss {report.loss:.3f}"]
     if report.validation:
         parts.append(f"validation recall@10 {report.validation.recall_at_10:.4f}")
     if report.best_recall_at_10 is not None:
@@ -122,7 +122,7 @@ def _line(report: TrainingReport) -> str:
 
 def _short_line(report: TrainingReport) -> str:
     """What stands beside the bar: it must leave room for one in 80 columns."""
-    parts = [f"{report.step:,}/{report.max_steps:,}", f"loss {report.loss:.3f}"]
+    parts = [f"{report.step:,}/{report.steps:,}", f"loss {report.loss:.3f}"]
     if report.best_recall_at_10 is not None:
         parts.append(f"best {report.best_recall_at_10:.4f}")
     parts += [f"{report.examples_per_second:,.0f} examples/s", _time_left(report)]

@@ -33,7 +33,9 @@ class TrainingReport(NamedTuple):
     """How a training is doing."""
 
     step: int
-    max_steps: int
+    steps: int
+    """Of the whole training, early stopping aside."""
+
     loss: float
     """Mean cross entropy of a label, in nats: a running average over about 50 steps."""
 
@@ -45,7 +47,7 @@ class TrainingReport(NamedTuple):
     """Windows of histories."""
 
     seconds_left: float
-    """Until `max_steps`, validations included; early stopping may end it before."""
+    """Until the last step, validations included; early stopping may end it before."""
 
 
 def ignore(report: TrainingReport) -> None:
@@ -144,12 +146,12 @@ class _Clock:
         steps_per_second = self._steps_per_second()
         return TrainingReport(
             step=run.step,
-            max_steps=settings.max_steps,
+            steps=run.steps,
             loss=float(run.loss),
             validation=validation,
             best_recall_at_10=run.best_recall if run.best_recall >= 0 else None,
             examples_per_second=steps_per_second * min(settings.batch_size, len(run.windows)),
-            seconds_left=(settings.max_steps - run.step) / steps_per_second,
+            seconds_left=(run.steps - run.step) / steps_per_second,
         )
 
     def _steps_per_second(self) -> float:

@@ -46,6 +46,7 @@ class TrainingRun:
     ) -> None:
         self.settings = settings
         self.windows = Windows.cut(train, settings.max_len)
+        self.steps = settings.steps_over(len(self.windows))
         self.step, self.best_step, self.best_recall = 0, 0, -1.0
         self.loss = torch.zeros((), device=device)
         self.curve: list[dict[str, Any]] = []
@@ -67,17 +68,17 @@ class TrainingRun:
 
     def wants_more(self) -> bool:
         validations_since_best = (self.step - self.best_step) // self.settings.validate_every
-        return self.step < self.settings.max_steps and validations_since_best < self.settings.patience
+        return self.step < self.steps and validations_since_best < self.settings.patience
 
     def validation_is_due(self) -> bool:
-        return self.step % self.settings.validate_every == 0 or self.step == self.settings.max_steps
+        return self.step % self.settings.validate_every == 0 or self.step == self.steps
 
     def advance(self) -> None:
         """One step of the optimizer on the next batch."""
         settings, model = self.settings, self.model
         torch.manual_seed((settings.seed << 32) + self.step)
         for group in self._optimizer.param_groups:
-            group["lr"] = settings.rate_at(self.step)
+            group["lr"] = settings.rate_at(self.step, self.steps)
         batch = self._next_batch()
         model.train()
         encodings = model.encode_packed(batch.items, batch.position)
@@ -144,7 +145,7 @@ class TrainingRun:
         return {
             "step": self.step,
             "loss": round(float(self.loss), 6),
-            "learning_rate": self.settings.rate_at(self.step - 1),
+            "learning_rate": self.settings.rate_at(self.step - 1, self.steps),
             "validation": metrics.to_json(),
         }
 

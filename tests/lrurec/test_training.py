@@ -108,6 +108,18 @@ def test_a_training_that_diverges_ends_with_what_to_do():
         train(cyclic_log(), dataclasses.replace(SETTINGS, learning_rate=1e30, validate_every=5))
 
 
+def test_epochs_count_passes_over_the_windows():
+    bundle = train(cyclic_log(users=60), dataclasses.replace(SETTINGS, epochs=3))
+    assert bundle.metadata["steps"] == 3 * 4  # 60 windows, 16 at a time
+    assert train(cyclic_log(users=60), dataclasses.replace(SETTINGS, epochs=3, max_steps=5)).metadata["steps"] == 5
+
+
+def test_a_linear_schedule_reaches_0_just_beyond_the_last_step_whatever_ends_the_training():
+    settings = dataclasses.replace(SETTINGS, schedule="linear", epochs=2)
+    rates = [settings.rate_at(step, settings.steps_over(60)) for step in range(9)]
+    assert rates == pytest.approx([settings.learning_rate * (1 - step / 8) for step in range(9)])
+
+
 def test_training_ends_early_without_progress():
     settings = dataclasses.replace(SETTINGS, learning_rate=1e-12, max_steps=10_000, validate_every=5, patience=2)
     assert train(cyclic_log(), settings).metadata["steps"] == 15
@@ -135,7 +147,7 @@ def test_the_metadata_hold_every_validation(unbroken):
     for point, report in zip(curve, validated, strict=True):
         assert point["validation"] == report.validation.to_json()
         assert point["loss"] == pytest.approx(report.loss, abs=1e-6)
-        assert point["learning_rate"] == SETTINGS.rate_at(point["step"] - 1)
+        assert point["learning_rate"] == SETTINGS.rate_at(point["step"] - 1, 60)
     assert curve == unbroken.metadata["curve"]
     best = unbroken.metadata["best_step"]
     assert unbroken.metadata["metrics"]["validation"] == curve[best // 20 - 1]["validation"]
@@ -286,7 +298,8 @@ def test_an_unknown_preset_is_refused_by_name():
 @pytest.mark.parametrize("settings", PRESETS.values(), ids=PRESETS)
 def test_a_preset_describes_a_model(settings):
     assert settings.architecture(100).num_items == 100
-    assert settings.rate_at(settings.max_steps - 1) > 0
+    steps = settings.steps_over(10_000)
+    assert 0 < settings.rate_at(steps - 1, steps) <= settings.learning_rate
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 0}, {"max_steps": -1}, {"average_decay": 1.0}, {"seed": -1}])
