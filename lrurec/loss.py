@@ -1,7 +1,6 @@
 """Full softmax cross entropy that never holds more than a tile of scores."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from torch.nn import functional
 
 from lrurec import loss_kernels
 from lrurec.presets import GradientPrecision
+from lrurec.threads import in_threads
 
 SCORES_PER_TILE = 1 << 24
 """Scores held at a time: 64 MiB in float32, 32 MiB in bfloat16. All of a beauty batch (700 labels) would be 40M."""
@@ -168,7 +168,7 @@ class _CompiledScores(_Scores):
         def fill(part: int) -> None:
             self._kernel(rows, *self._table, shift, *self._ranges[part], out, sums[part])
 
-        _in_threads(fill, len(self._ranges))
+        in_threads(fill, len(self._ranges))
         totals = torch.from_numpy(sums.sum(0))
         if not bool(totals.isfinite().all()):
             # Some score stands 88 above its label's: only now is the greatest score of every row worth its search.
@@ -197,16 +197,3 @@ def _item_ranges(num_rows: int, count: int) -> list[tuple[int, int]]:
     tiles = -(-num_rows // loss_kernels.TILE_ITEMS)
     cuts = [min(num_rows, tiles * part // count * loss_kernels.TILE_ITEMS) for part in range(count + 1)]
     return [(first, last) for first, last in pairwise(cuts) if first < last]
-
-
-def _in_threads(task: Callable[[int], None], parts: int) -> None:
-    """Run the parts 0..parts-1 of a task side by side, the first in this thread."""
-    others = [_pool(parts).submit(task, part) for part in range(1, parts)]
-    task(0)
-    for other in others:
-        other.result()
-
-
-@cache
-def _pool(size: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(size, thread_name_prefix="lrurec-loss")

@@ -1,7 +1,9 @@
-"""How many threads compute."""
+"""How many threads compute, and compiled loops in several."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -21,3 +23,16 @@ def limited_threads(count: int | None) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
+
+
+def in_threads(task: Callable[[int], None], parts: int) -> None:
+    """Run the parts 0..parts-1 of a task side by side, the first in this thread; they must not hold the GIL."""
+    others = [_pool(parts).submit(task, part) for part in range(1, parts)]
+    task(0)
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool(size: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(size, thread_name_prefix="lrurec")
