@@ -1,6 +1,6 @@
 """Full softmax cross entropy that never holds more than a tile of scores."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
