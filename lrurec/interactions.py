@@ -5,18 +5,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import polars as pl
-from jaxtyping import Int32, Int64, UInt32
+from jaxtyping import Float64, Int32, Int64, UInt32
 
 from lrurec.catalogue import Catalogue
 from lrurec.errors import CatalogueError, InteractionsError
-from lrurec.log_files import ID_COLUMNS, ORDER_COLUMNS, read_batches
+from lrurec.log_files import ID_COLUMNS, ORDER_COLUMNS, TIME_COLUMNS, read_batches
 
 CLICKS_PER_SLAB = 1 << 20
 """Users are worked on in slabs of about as many clicks: the arrays of places, 8 bytes a click, stay small."""
+
+Times: TypeAlias = Int64[np.ndarray, " n"] | Float64[np.ndarray, " n"]
+"""When every click of a log was, in the log's own unit; floats where a timestamp has a fraction."""
 
 MIN_CLICKS_TO_EVALUATE = 3
 """Users with fewer clicks are all train: one must be left to learn from, one to validate on, one to test."""
@@ -44,12 +47,7 @@ class Histories:
 
     def slices(self, starts: Int64[np.ndarray, " u"], lengths: Int64[np.ndarray, " u"]) -> "Histories":
         """Histories of their own out of `items[start : start + length]`, in the order given."""
-        offsets = _offsets(lengths)
-        items = np.empty(offsets[-1], np.int32)
-        for users, clicks in _slabs(offsets):
-            shift = np.repeat(starts[users] - offsets[users], lengths[users])
-            items[clicks] = self.items[np.arange(clicks.start, clicks.stop) + shift]
-        return Histories(items, offsets)
+        return Histories(_slices(self.items, starts, lengths), _offsets(lengths))
 
     def take(self, users: Int64[np.ndarray, " u"]) -> "Histories":
         """Some users' histories, in the order asked for."""
@@ -98,6 +96,12 @@ class Interactions:
 
     histories: Histories
 
+    times: Times | None = None
+    """Of every click, beside `histories.items`, never falling within a user; None where the log has no such column.
+
+    `timestamp_ms` where the log has both.
+    """
+
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the SHA-256 over users, items and order: equal means equal training data."""
@@ -111,7 +115,51 @@ class Interactions:
     def take(self, users: slice) -> "Interactions":
         """The same log with some users only; the catalogue stays whole, so that rows keep their meaning."""
         chosen = np.arange(len(self.user_ids), dtype=np.int64)[users]
-        return Interactions(self.user_ids[users], self.catalogue, self.histories.take(chosen))
+        starts, lengths = self.histories.offsets[chosen], self.histories.lengths[chosen]
+        times = None if self.times is None else _slices(self.times, starts, lengths)
+        return Interactions(self.user_ids[users], self.catalogue, self.histories.take(chosen), times)
+
+    def required_times(self) -> Times:
+        """`times`. Raises `InteractionsError` where the log has none."""
+        if self.times is None:
+            raise InteractionsError(
+                "the log orders its clicks by position and does not say when they were; a cut in time needs a column "
+                f"{' or '.join(reversed(TIME_COLUMNS))}"
+            )
+        return self.times
+
+    def clicks_before(self, time: int | float) -> Int64[np.ndarray, " users"]:
+        """How many of every user's clicks were before a time; they are the first of the history.
+
+        Raises `InteractionsError` where the log has no times.
+        """
+        earlier = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.required_times() < time)])
+        return np.diff(earlier[self.histories.offsets])
+
+    def before(self, time: int | float) -> "Interactions":
+        """The log as it was at that time: no later click, and no user or item that had none yet.
+
+        Raises `InteractionsError` where the log has no times, or none before that.
+        """
+        counts, times = self.clicks_before(time), self.required_times()
+        if not counts.any():
+            raise InteractionsError(
+                f"no click of the log is before {time}; its first is at {times.min()}, "
+                "give a later time in the log's own unit"
+            )
+        users = np.flatnonzero(counts)
+        starts, lengths = self.histories.offsets[users], counts[users]
+        histories = self.histories.slices(starts, lengths)
+        rows = np.unique(histories.items)
+        catalogue = Catalogue(self.catalogue.item_ids[row - 1] for row in rows)
+        new_rows = np.zeros(len(self.catalogue) + 1, np.int32)
+        new_rows[rows] = np.arange(1, len(rows) + 1)
+        return Interactions(
+            tuple(self.user_ids[user] for user in users),
+            catalogue,
+            Histories(new_rows[histories.items], histories.offsets),
+            _slices(times, starts, lengths),
+        )
 
     def histories_in(self, catalogue: Catalogue) -> Histories:
         """The histories as rows of another catalogue, 0 for items that it doesn't hold."""
@@ -144,7 +192,8 @@ def read_interactions(path: Path | str) -> Interactions:
 
     The peak of memory is 12 + 16k bytes a click, k being the number of order columns, up to 12 more where one user has
     most of the clicks and they are in no order; some 200 bytes an id; and what reading needs whatever the size of the
-    file (see `log_files`). What stays is 4 bytes a click, and the ids.
+    file (see `log_files`). What stays is 4 bytes a click, 8 more
+    where the log says when it was, and the ids.
     """
     path = Path(path)
     log = _Log()
@@ -216,7 +265,8 @@ class _Log:
         offsets, clicked, order = self._by_user(_places_in(users))
         _sort_each_user(clicked, order, offsets)
         rows = (_places_in(items) + 1).astype(np.int32)
-        return Interactions(user_ids, catalogue, Histories(rows[clicked], offsets))
+        times = next((column for name, column in zip(self._order, order, strict=True) if name in TIME_COLUMNS), None)
+        return Interactions(user_ids, catalogue, Histories(rows[clicked], offsets), times)
 
     def _by_user(
         self, user_of: Int64[np.ndarray, " users"]
@@ -280,6 +330,16 @@ def _are_sorted(keys: Sequence[np.ndarray]) -> bool:
     for key in reversed(keys):
         in_order = (key[1:] > key[:-1]) | ((key[1:] == key[:-1]) & in_order)
     return bool(np.all(in_order))
+
+
+def _slices(values: np.ndarray, starts: Int64[np.ndarray, " u"], lengths: Int64[np.ndarray, " u"]) -> np.ndarray:
+    """`values[start : start + length]` of each, laid end to end."""
+    offsets = _offsets(lengths)
+    chosen = np.empty(offsets[-1], values.dtype)
+    for users, clicks in _slabs(offsets):
+        shift = np.repeat(starts[users] - offsets[users], lengths[users])
+        chosen[clicks] = values[np.arange(clicks.start, clicks.stop) + shift]
+    return chosen
 
 
 def _slabs(offsets: Int64[np.ndarray, " users_and_1"]) -> Iterator[tuple[slice, slice]]:

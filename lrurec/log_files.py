@@ -21,6 +21,9 @@ ID_COLUMNS = ("user_id", "item_id")
 ORDER_COLUMNS = ("timestamp_ms", "timestamp", "position")
 """At least one is needed. With several, the first decides and the next break its ties; then the order in the file."""
 
+TIME_COLUMNS = ("timestamp_ms", "timestamp")
+"""Those of `ORDER_COLUMNS` that say when, not only in which order."""
+
 BATCH_ROWS = 1 << 17
 
 BLOCK_BYTES = 1 << 24

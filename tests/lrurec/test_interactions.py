@@ -187,7 +187,7 @@ def test_grouping_costs_no_more_than_the_stated_bytes_a_click(tmp_path, monkeypa
     assert len(log.histories.items) == clicks
     # Of 12 + 16 bytes, numpy's: the 16 of the rows in the file's order are polars', which are not traced.
     assert peak / clicks < 12 + 8
-    assert kept / clicks < 4 + 2
+    assert kept / clicks < 4 + 8 + 2
 
 
 def histories(*items):
@@ -225,6 +225,59 @@ def test_some_users_keep_the_rows_of_the_whole_catalogue(tmp_path):
     )
     assert as_dict(interactions.take(slice(1, None))) == {"u1": EXPECTED["u1"]}
     assert interactions.take(slice(1, None)).catalogue == interactions.catalogue
+
+
+def timed(tmp_path, name="a.csv", column="timestamp", rows=ROWS):
+    return read_interactions(
+        write(tmp_path / name, pl.DataFrame(rows, schema=["user_id", "item_id", column], orient="row"))
+    )
+
+
+@pytest.mark.parametrize("column", ["timestamp", "timestamp_ms"])
+def test_every_click_keeps_its_time_in_the_order_of_the_items(tmp_path, column):
+    assert timed(tmp_path, column=column).times.tolist() == [1, 5, 5, 3, 9]
+
+
+def test_a_log_of_positions_has_no_times(tmp_path):
+    interactions = timed(tmp_path, column="position")
+    assert interactions.times is None
+    for asked in (interactions.required_times, lambda: interactions.clicks_before(5), lambda: interactions.before(5)):
+        with pytest.raises(InteractionsError, match=r"position .* needs a column timestamp or timestamp_ms"):
+            asked()
+
+
+def test_milliseconds_are_the_times_where_a_log_has_seconds_too(tmp_path):
+    (tmp_path / "a.csv").write_text("user_id,item_id,timestamp,timestamp_ms,position\nu,b,1,1400,1\nu,a,1,1300,0\n")
+    assert read_interactions(tmp_path / "a.csv").times.tolist() == [1300, 1400]
+
+
+def test_times_are_no_part_of_the_fingerprint(tmp_path):
+    later = [(user, item, time + 1) for user, item, time in ROWS]
+    assert timed(tmp_path).fingerprint == timed(tmp_path, "b.csv", rows=later).fingerprint
+
+
+def test_some_users_keep_their_times(tmp_path):
+    assert timed(tmp_path).take(slice(1, None)).times.tolist() == [3, 9]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("uvw"), st.sampled_from("abcd"), st.integers(0, 9)), min_size=1, max_size=20),
+    st.integers(0, 10),
+)
+def test_a_log_before_a_time_is_that_of_the_file_as_it_was_then(tmp_path_factory, rows, time):
+    folder = tmp_path_factory.mktemp("log")
+    rows = sorted(rows, key=lambda row: row[2])
+    earlier = [row for row in rows if row[2] < time]
+    whole = timed(folder, "whole.csv", rows=rows)
+    if not earlier:
+        with pytest.raises(InteractionsError, match=f"before {time}; its first is at {rows[0][2]}"):
+            whole.before(time)
+        return
+    cut, expected = whole.before(time), timed(folder, "earlier.csv", rows=earlier)
+    assert as_dict(cut) == as_dict(expected)
+    assert cut.fingerprint == expected.fingerprint
+    assert cut.times.tolist() == expected.times.tolist()
+    assert whole.clicks_before(time).tolist() == [sum(row[0] == user for row in earlier) for user in whole.user_ids]
 
 
 def test_items_unknown_to_another_catalogue_are_row_zero(tmp_path):
