@@ -4,8 +4,10 @@ What a command works with is imported inside it: `lrurec --help` doesn't wait fo
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +19,8 @@ from lrurec.standard_streams import guard_standard_streams
 
 _ERROR = 1
 _INTERRUPTED = 130  # a shell's code for a command that Ctrl-C ended
+
+_CUT_QUANTILE = 0.9
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -73,6 +77,22 @@ def _write_example(command: click.Command, formatter: click.HelpFormatter) -> No
     with formatter.section("Example"):
         for line in (command.epilog or "").splitlines():
             formatter.write(f"  {line}\n")
+
+
+class _Timestamp(click.ParamType):
+    """A number in the unit of a log's timestamps. Whole ones stay whole: nanoseconds don't fit a float."""
+
+    name = "timestamp"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        with suppress(ValueError):
+            return int(value)
+        time = math.nan
+        with suppress(ValueError):
+            time = float(value)
+        if not math.isfinite(time):
+            self.fail(f"{value!r} is no point in time; give a number in the unit of the log's timestamps", param, ctx)
+        return time
 
 
 _BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
@@ -139,7 +159,13 @@ def train(
     from lrurec.train_command import train_bundle
 
     train_bundle(
-        interactions, out, preset_name=preset_name, max_steps=max_steps, seed=seed, device=device, report=report
+        interactions,
+        out,
+        preset_name=preset_name,
+        max_steps=max_steps,
+        seed=seed,
+        device=device,
+        report=report,
     )
 
 
@@ -162,27 +188,63 @@ def report(bundle: Path, out: Path) -> None:
     click.echo(f"{out}: the report on {bundle}")
 
 
-@_commands.command(epilog="lrurec evaluate shop.bundle --interactions clicks.csv.gz --json")
+@_commands.command(
+    epilog="lrurec evaluate shop.bundle --interactions clicks.csv.gz --json\n"
+    "lrurec evaluate may.bundle --interactions clicks.csv.gz --protocol time-split --cut 1369000000"
+)
 @_BUNDLE
 @_INTERACTIONS
+@click.option(
+    "--protocol",
+    type=click.Choice(["leave-one-out", "time-split"]),
+    default="leave-one-out",
+    show_default=True,
+    help="Ask every user for the last click, as the paper does; or for the first one since a point in time, from "
+    "what was clicked before it.",
+)
+@click.option(
+    "--cut-quantile",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="Q",
+    help="time-split: cut where this share of the log's clicks is over.  [default: 0.9]",
+)
+@click.option(
+    "--cut", type=_Timestamp(), metavar="TIMESTAMP", help="time-split: cut there, in the log's unit, instead."
+)
 @_JSON
-def evaluate(bundle: Path, interactions: Path, as_json: bool) -> None:
-    """Leave-one-out: how often every user's last click is among the first 10 and 20 of all items.
+def evaluate(
+    bundle: Path,
+    interactions: Path,
+    protocol: str,
+    cut_quantile: float | None,
+    cut: int | float | None,
+    as_json: bool,
+) -> None:
+    """How often, and how high, a user's next click stands among the first 10 and 20 of all items.
 
-    The list leaves out the items of the input window, the user's last clicks before. Beside it: recommending the most
-    popular items to everyone.
+    The list leaves out the items of the input window, the user's last clicks before. Beside it the lists that plain
+    counting gives: the most popular items, those that followed the last item, those that are clicked by the same
+    users (item-kNN). With 95% intervals, by length of the history, by popularity of the answer, and what the lists
+    show of the catalogue.
+
+    A time split tells about the future only where the bundle was trained before the cut.
     """
     from lrurec.bundle import load_bundle
+    from lrurec.evaluation import LeaveOneOut, TimeSplit, time_at_quantile
     from lrurec.evaluation import evaluate as evaluate_bundle
+    from lrurec.evaluation.table import table_of
     from lrurec.interactions import read_interactions
 
-    result = evaluate_bundle(load_bundle(bundle), read_interactions(interactions))
-    if as_json:
-        click.echo(json.dumps(result.to_json()))
-        return
-    click.echo(f"{result.users:,} users".ljust(16) + "".join(name.rjust(11) for name in result.model.to_json()))
-    for name, metrics in (("model", result.model), ("popular", result.popular)):
-        click.echo(name.ljust(16) + "".join(f"{value:11.4f}" for value in metrics))
+    if cut is not None and cut_quantile is not None:
+        raise click.UsageError("--cut and --cut-quantile say the same thing twice; give one of them")
+    if protocol == "leave-one-out" and (cut is not None or cut_quantile is not None):
+        raise click.UsageError("--cut and --cut-quantile are for --protocol time-split; leave-one-out cuts nothing")
+    loaded, log = load_bundle(bundle), read_interactions(interactions)
+    chosen: LeaveOneOut | TimeSplit = LeaveOneOut()
+    if protocol == "time-split":
+        chosen = TimeSplit(time_at_quantile(log, cut_quantile or _CUT_QUANTILE) if cut is None else cut)
+    result = evaluate_bundle(loaded, log, chosen)
+    click.echo(json.dumps(result.to_json()) if as_json else table_of(result))
 
 
 @_commands.command(epilog="lrurec recommend shop.bundle --items A13,B4,B17 -k 5")

@@ -235,3 +235,21 @@ def rank(encodings, wanted, item_chunks, seen, top_items, top_scores):
                     if first <= item < first + width:
                         scores[row, item - first] = -np.inf
                 _keep_best(scores[row], first, top_scores[start + row], top_items[start + row])
+
+
+@njit(nogil=True, cache=True)
+def best_of(scores, top_items):
+    """The k columns with the highest scores of every row, best first; the lower column first among equals.
+
+    For whoever has made the scores already, as evaluation has.
+
+    Args:
+        scores: (b, v) float32; what may not be chosen is -inf or NaN.
+        top_items: (b, k) int32, out: columns; 0 where there are fewer than k to choose from.
+
+    """
+    top_items[:] = 0
+    best = np.empty(top_items.shape[1], np.float32)
+    for row in range(scores.shape[0]):
+        best[:] = -np.inf
+        _keep_best(scores[row], 0, best, top_items[row])
