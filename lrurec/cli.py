@@ -133,6 +133,13 @@ def _commands() -> None:
     show_default=True,
     help="Sizes and recipe for a data set; `default` is the paper's.",
 )
+@click.option(
+    "--until",
+    type=_Timestamp(),
+    metavar="TIMESTAMP",
+    help="Learn from the clicks before this time alone, in the unit of the log's timestamps: what is to be evaluated "
+    "by `--protocol time-split --cut TIMESTAMP` must not know what came after.",
+)
 @click.option("--max-steps", type=click.IntRange(1), metavar="N", help="End after N steps.  [default: the preset's]")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=42, show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -146,6 +153,7 @@ def train(
     interactions: Path,
     out: Path,
     preset_name: str,
+    until: int | float | None,
     max_steps: int | None,
     seed: int,
     device: str,
@@ -162,6 +170,7 @@ def train(
         interactions,
         out,
         preset_name=preset_name,
+        until=until,
         max_steps=max_steps,
         seed=seed,
         device=device,
@@ -190,6 +199,7 @@ def report(bundle: Path, out: Path) -> None:
 
 @_commands.command(
     epilog="lrurec evaluate shop.bundle --interactions clicks.csv.gz --json\n"
+    "lrurec train --interactions clicks.csv.gz --until 1369000000 --out may.bundle\n"
     "lrurec evaluate may.bundle --interactions clicks.csv.gz --protocol time-split --cut 1369000000"
 )
 @_BUNDLE
@@ -227,7 +237,7 @@ def evaluate(
     users (item-kNN). With 95% intervals, by length of the history, by popularity of the answer, and what the lists
     show of the catalogue.
 
-    A time split tells about the future only where the bundle was trained before the cut.
+    A time split tells about the future only where the bundle was trained before the cut: see `lrurec train --until`.
     """
     from lrurec.bundle import load_bundle
     from lrurec.evaluation import LeaveOneOut, TimeSplit, time_at_quantile

@@ -30,6 +30,7 @@ def train_bundle(
     out: Path,
     *,
     preset_name: str,
+    until: int | float | None = None,
     max_steps: int | None,
     seed: int,
     device: str,
@@ -37,12 +38,14 @@ def train_bundle(
 ) -> None:
     """Train, save, draw the report if one is asked for, and tell on stdout.
 
-    A bundle that this very training has made is left as it is.
+    A bundle that this very training has made is left as it is. With `until`, the log is what it was at that time.
     """
     require_writable_target(out)
     if report is not None:
         require_drawable(report)
     log = read_interactions(interactions)
+    if until is not None:
+        log = log.before(until)
     settings = dataclasses.replace(preset(preset_name), seed=seed)
     if max_steps is not None:
         settings = dataclasses.replace(settings, max_steps=max_steps)
@@ -54,7 +57,13 @@ def train_bundle(
             click.echo(f"going on from {checkpoint}")
         with _progress() as on_report:
             trained = train_model(log, settings, device=device, checkpoint=checkpoint, on_report=on_report)
-        arguments = {"interactions": interactions.name, "preset": preset_name, "device": device}
+        arguments: dict[str, str | int | float] = {
+            "interactions": interactions.name,
+            "preset": preset_name,
+            "device": device,
+        }
+        if until is not None:
+            arguments["until"] = until
         done = dataclasses.replace(trained, metadata={"arguments": arguments, **trained.metadata})
         save_bundle(out, done)
     checkpoint.unlink(missing_ok=True)

@@ -229,6 +229,15 @@ class TestTrain:
         assert_one_line(err)
         assert not (tmp_path / "b").exists()
 
+    def test_until_a_time_knows_nothing_of_what_came_after(self, lrurec, timed_log, tmp_path):
+        lrurec("train", "--interactions", timed_log, "--out", tmp_path / "b", "--max-steps", 1, "--until", 1_004)
+        lines = timed_log.read_text().splitlines()
+        earlier = [line for line in lines[1:] if int(line.rpartition(",")[2]) < 1_004]
+        assert load_bundle(tmp_path / "b").metadata["data"]["clicks"] == len(earlier) < len(lines) - 1
+        command = ("evaluate", tmp_path / "b", "--interactions", timed_log, "--protocol", "time-split", "--json")
+        known = {cut: json.loads(lrurec(*command, "--cut", cut)[1])["trained_before_cut"] for cut in (1_003, 1_004)}
+        assert known == {1_003: False, 1_004: True}
+
     def test_refuses_a_folder_of_other_files_before_it_trains(self, lrurec, log, tmp_path):
         code, out, err = lrurec("train", "--interactions", log, "--out", tmp_path)
         assert (code, out) == (1, "")
@@ -258,6 +267,7 @@ ERRORS = {
     "a cut at no number": (["evaluate", "b", "--interactions", "log.csv", "--cut", "nan"], 2),
     "a share above one": (["evaluate", "b", "--interactions", "log.csv", "--cut-quantile", "1"], 2),
     "an unknown protocol": (["evaluate", "b", "--interactions", "log.csv", "--protocol", "loo"], 2),
+    "an end in a log of positions": (["train", "--interactions", "log.csv", "--out", "x", "--until", "5"], 1),
     "no such checkpoint": (["convert", "nothing.pth", "--out", "x"], 1),
     "a log for a bundle": (["recommend", "log.csv"], 1),
     "a target that is a file": (["train", "--interactions", "log.csv", "--out", "log.csv"], 1),
