@@ -124,7 +124,7 @@ class CompiledEngine:
     ) -> None:
         self.layout = layout
         self._weights = _fold(bundle.model)
-        self._item_chunks = _item_chunks(bundle.model)
+        self._item_chunks = chunks_of_items(bundle.model)
         self._top_k = top_k
         self._exclude_seen = exclude_seen
         self._rows = -(-max_batch // kernels.TILE) * kernels.TILE
@@ -301,8 +301,8 @@ def _fold(model: LRURec) -> _Weights:
     return _Weights(embedded.astype(np.float32), **stacked, epsilon=np.float32(model.config.layer_norm_eps))
 
 
-def _item_chunks(model: LRURec) -> Float32[np.ndarray, "chunks d_plus_1 width"]:
-    """Eᵀ with the bias as a last row, items 1..N cut into runs; places beyond N score -inf."""
+def chunks_of_items(model: LRURec) -> Float32[np.ndarray, "chunks d_plus_1 width"]:
+    """Eᵀ with the bias as a last row, as `kernels.rank` takes it: items 1..N in runs; places beyond N score -inf."""
     table = np.concatenate([model.item_embedding.weight.detach().cpu(), model.item_bias.detach().cpu()[:, None]], 1)[1:]
     items, rows = table.shape
     width = min(CHUNK_ITEMS, items)

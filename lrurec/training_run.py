@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrurec.checkpoint import Progress, read_checkpoint, write_checkpoint
 from lrurec.errors import TrainingError
-from lrurec.evaluation import Metrics, metrics_of, rank_answers, score_by_model
+from lrurec.evaluation import Metrics, lists_by_model, metrics_of, ranks_in
 from lrurec.interactions import HeldOut, Histories
 from lrurec.loss import softmax_cross_entropy
 from lrurec.memory import return_freed_memory
@@ -110,8 +110,8 @@ class TrainingRun:
         return metrics
 
     def measure(self, model: LRURec, held_out: HeldOut) -> Metrics:
-        window, num_rows = self.settings.max_len, len(model.item_bias)
-        return metrics_of(rank_answers(score_by_model(model), held_out, window=window, num_rows=num_rows))
+        lists = lists_by_model(model, held_out.histories, window=self.settings.max_len)
+        return metrics_of(ranks_in(lists, held_out.answers))
 
     def save(self, path: Path) -> None:
         """Replace the checkpoint by one of this step. Raises `TrainingError` if the loss is no longer a number."""

@@ -2,7 +2,7 @@
 
 protocols   who is asked what, and what may be known: leave-one-out, or before and after a point in time
 baselines   most popular, what followed the last item, item-kNN
-ranking     scores of a batch of users → the place of the answer, or the list; never users × items at once
+ranking     the list for every user, and the answer's place in it; never users × items at once
 metrics     Recall and NDCG
 bootstrap   how far they would move with other users
 strata      the same by length of the history and by popularity of the answer
@@ -12,7 +12,7 @@ report      all of it, as JSON and as a table
 
 from lrurec.evaluation.metrics import Metrics, metrics_of
 from lrurec.evaluation.protocols import LeaveOneOut, Protocol, TimeSplit, time_at_quantile
-from lrurec.evaluation.ranking import MISSED, Scorer, rank_answers, score_by_model, score_by_popularity
+from lrurec.evaluation.ranking import MISSED, Scorer, lists_by_model, ranks_in, score_by_popularity, top_lists
 from lrurec.evaluation.report import Evaluation, evaluate
 
 __all__ = [
@@ -24,9 +24,10 @@ __all__ = [
     "Scorer",
     "TimeSplit",
     "evaluate",
+    "lists_by_model",
     "metrics_of",
-    "rank_answers",
-    "score_by_model",
+    "ranks_in",
     "score_by_popularity",
     "time_at_quantile",
+    "top_lists",
 ]

@@ -1,18 +1,20 @@
-"""Where the answer stands among all items, and the list: a batch of users at a time, never users × items at once."""
+"""The list for every user, and the answer's place in it: a batch of users at a time, never users × items at once."""
 
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64
+from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
 from lrurec import kernels
 from lrurec.array_types import ItemScores
 from lrurec.evaluation.metrics import LIST_LENGTH, Ranks
-from lrurec.interactions import HeldOut, Histories
+from lrurec.interactions import Histories
 from lrurec.model import PADDING, LRURec
+from lrurec.serving import chunks_of_items
+from lrurec.threads import in_threads, limited_threads
 
 TOKENS_PER_BATCH = 16_384
 SCORES_PER_BATCH = 1 << 24
@@ -28,24 +30,65 @@ MISSED = np.iinfo(np.int64).max
 """The rank of an answer that cannot be recommended: unknown, or among the items already seen."""
 
 
-def rank_answers(score: Scorer, held_out: HeldOut, *, window: int, num_rows: int) -> Ranks:
-    """The rank of every user's answer after the last `window` items of the history; `MISSED` where there is none.
+def lists_by_model(model: LRURec, histories: Histories, *, window: int) -> Lists:
+    """The `LIST_LENGTH` best items for every user after the last `window` items of the history, none of them again.
 
-    Scores are `num_rows` = N + 1 a user. The padding row and items of the window are not ranked. Equal scores stand in
-    row order.
+    Exact, in float32, equal scores in row order, by the loops that serve (`kernels.rank`), shared out over torch's
+    threads: scores are never written down. A history without items is the cold start. The model may be on any device,
+    and is left in evaluation mode.
     """
-    histories = held_out.histories.last(window)
-    ranks = np.full(len(histories), MISSED)
-    for users in _batches(histories.lengths, num_rows):
-        part = histories.take(users)
-        scores = _without_seen(score(part), part)
-        answers = torch.from_numpy(held_out.answers[users].astype(np.int64)).to(scores.device)
-        ranks[users] = _ranks(scores, answers).cpu().numpy()
-    return ranks
+    recent = histories.last(window)
+    lists = np.zeros((len(recent), LIST_LENGTH), np.int32)
+    item_chunks = chunks_of_items(model)
+    with limited_threads(None):
+        for users in _batches(recent.lengths, num_rows=1):
+            part = recent.take(users)
+            _fill_lists(_last_encodings(model, part), item_chunks, _padded(part), lists[users[0] : users[-1] + 1])
+    return lists
+
+
+def _fill_lists(
+    encodings: Float32[np.ndarray, "u d"],
+    item_chunks: Float32[np.ndarray, "chunks d_plus_1 width"],
+    seen: Int32[np.ndarray, "u window"],
+    lists: Lists,
+) -> None:
+    scores = np.empty(lists.shape, np.float32)
+    parts = np.array_split(np.arange(len(lists)), torch.get_num_threads())
+
+    def fill(index: int) -> None:
+        if len(users := parts[index]):
+            own = slice(users[0], users[-1] + 1)
+            kernels.rank(encodings, users, item_chunks, seen, lists[own], scores[own])
+
+    in_threads(fill, len(parts))
+
+
+@torch.no_grad()
+def _last_encodings(model: LRURec, histories: Histories) -> Float32[np.ndarray, "u d"]:
+    model.eval()
+    device = model.item_bias.device
+    # Who has no clicks is asked by the padding item: the cold start.
+    lengths = np.maximum(histories.lengths, 1)
+    ends = np.cumsum(lengths)
+    items = np.full(ends[-1], PADDING, np.int64)
+    position = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    items[np.repeat(histories.lengths > 0, lengths)] = histories.items
+    encodings = model.encode_packed(torch.from_numpy(items).to(device), torch.from_numpy(position).to(device))
+    last: Float32[np.ndarray, "u d"] = encodings[torch.from_numpy(ends - 1).to(device)].cpu().numpy()
+    return last
+
+
+def _padded(histories: Histories) -> Int32[np.ndarray, "u window"]:
+    """A row of items a user, filled up with 0."""
+    lengths = histories.lengths
+    items = np.zeros((len(histories), lengths.max(initial=0)), np.int32)
+    items[np.arange(items.shape[1]) < lengths[:, None]] = histories.items
+    return items
 
 
 def top_lists(score: Scorer, histories: Histories, *, window: int, num_rows: int) -> Lists:
-    """The `LIST_LENGTH` best items for every user, by the same rule as `rank_answers`; scores must be on the CPU."""
+    """The same lists out of any scores, `num_rows` = N + 1 a user, on the CPU."""
     recent = histories.last(window)
     lists = np.zeros((len(recent), LIST_LENGTH), np.int32)
     for users in _batches(recent.lengths, num_rows):
@@ -61,25 +104,6 @@ def ranks_in(lists: Lists, answers: Int32[np.ndarray, " users"]) -> Ranks:
     return np.where(hits.any(1), hits.argmax(1), MISSED)
 
 
-def score_by_model(model: LRURec) -> Scorer:
-    """Scores of the model in evaluation mode, on the device where it is; it is left in evaluation mode."""
-    model.eval()
-    device = model.item_bias.device
-
-    @torch.no_grad()
-    def score(histories: Histories) -> Tensor:
-        # Who has no clicks is asked by the padding item: the cold start.
-        lengths = np.maximum(histories.lengths, 1)
-        ends = np.cumsum(lengths)
-        items = np.full(ends[-1], PADDING, np.int64)
-        position = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-        items[np.repeat(histories.lengths > 0, lengths)] = histories.items
-        encodings = model.encode_packed(torch.from_numpy(items).to(device), torch.from_numpy(position).to(device))
-        return model.scores(encodings[torch.from_numpy(ends - 1).to(device)])
-
-    return score
-
-
 def score_by_popularity(clicks: Int64[np.ndarray, " v"]) -> Scorer:
     """The same scores for everyone: the number of clicks on each item."""
     scores = torch.from_numpy(clicks.astype(np.float32))
@@ -93,13 +117,6 @@ def _without_seen(scores: Tensor, histories: Histories) -> Tensor:
     scores[users, seen] = -torch.inf
     scores[:, PADDING] = -torch.inf
     return scores
-
-
-def _ranks(scores: Tensor, answers: Tensor) -> Tensor:
-    own = scores.gather(1, answers[:, None])
-    rows = torch.arange(scores.shape[1], device=scores.device)
-    ahead = (scores > own) | ((scores == own) & (rows < answers[:, None]))
-    return torch.where(own[:, 0].isfinite(), ahead.sum(1), MISSED)
 
 
 def _batches(lengths: Int64[np.ndarray, " users"], num_rows: int) -> Iterator[Int64[np.ndarray, " u"]]:

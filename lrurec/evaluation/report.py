@@ -12,7 +12,7 @@ from lrurec.evaluation.bootstrap import LEVEL, RESAMPLES, SEED, Intervals, inter
 from lrurec.evaluation.exposure import exposure_to_json
 from lrurec.evaluation.metrics import Metrics, Ranks, metrics_of
 from lrurec.evaluation.protocols import LeaveOneOut, Protocol
-from lrurec.evaluation.ranking import ranks_in, score_by_model, top_lists
+from lrurec.evaluation.ranking import lists_by_model, ranks_in
 from lrurec.evaluation.strata import Stratum, by_history_length, by_popularity
 from lrurec.interactions import Interactions
 
@@ -104,11 +104,11 @@ def evaluate(bundle: Bundle, interactions: Interactions, protocol: Protocol = _L
     if not interactions.histories_in(bundle.catalogue).items.any():
         raise InteractionsError("no item of the log is in the bundle's catalogue; give a log of the same shop")
     examination = protocol.examine(interactions, bundle.catalogue)
-    asked, sizes = examination.asked, {"window": bundle.config.max_len, "num_rows": bundle.config.num_items + 1}
-    lists = {MODEL: top_lists(score_by_model(bundle.model), asked.histories, **sizes)}
-    lists |= lists_of_baselines(examination, **sizes)
+    asked, window, num_rows = examination.asked, bundle.config.max_len, bundle.config.num_items + 1
+    lists = {MODEL: lists_by_model(bundle.model, asked.histories, window=window)}
+    lists |= lists_of_baselines(examination, window=window, num_rows=num_rows)
     ranks = {name: ranks_in(each, asked.answers) for name, each in lists.items()}
-    clicks = np.bincount(examination.learnable.items, minlength=sizes["num_rows"])
+    clicks = np.bincount(examination.learnable.items, minlength=num_rows)
     return Evaluation(
         users=len(asked.answers),
         unknown_answers=int((asked.answers == 0).sum()),

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrurec.errors import InteractionsError
-from lrurec.evaluation import LeaveOneOut, TimeSplit, evaluate, metrics_of, rank_answers, score_by_model
+from lrurec.evaluation import LeaveOneOut, TimeSplit, evaluate, lists_by_model, metrics_of, ranks_in
 from lrurec.evaluation.table import table_of
 from lrurec.interactions import leave_one_out
 from tests.lrurec.evaluation.logs import histories, log, random_users
@@ -24,8 +24,8 @@ def timed_log(count=30):
 def test_the_metrics_are_those_of_the_ranks(small_bundle):
     users = random_users(40)
     test = leave_one_out(histories(users)).test
-    ranks = rank_answers(score_by_model(small_bundle.model), test, window=50, num_rows=21)
-    assert evaluate(small_bundle, log(users)).model == metrics_of(ranks)
+    lists = lists_by_model(small_bundle.model, test.histories, window=50)
+    assert evaluate(small_bundle, log(users)).model == metrics_of(ranks_in(lists, test.answers))
 
 
 def test_an_unknown_answer_is_missed_and_an_unknown_click_skipped(small_bundle):
