@@ -158,6 +158,17 @@ def test_a_ranking_equals_a_full_stable_sort(ranking, width, k):
     assert (found[1] == expected[1]).all()
 
 
+@given(st.integers(1, 5), st.integers(1, 60), st.integers(1, 25), st.integers(0, 2**32 - 1))
+def test_the_best_columns_are_those_of_a_stable_sort(rows, columns, k, seed):
+    choice = np.array([-np.inf, np.nan, -1, 0, 0.5, 2], np.float32)
+    scores = np.random.default_rng(seed).choice(choice, (rows, columns))
+    found = np.full((rows, k), 7, np.int32)
+    kernels.best_of(scores, found)
+    for row, columns_found in zip(scores, found.tolist(), strict=True):
+        best = [column for column in np.argsort(-row, kind="stable") if np.isfinite(row[column])][:k]
+        assert columns_found == best + [0] * (k - len(best))
+
+
 def test_a_user_who_has_seen_everything_gets_an_empty_list():
     table = np.ones((3, 2), np.float32)
     seen = np.array([[1, 2, 3]], np.int32)
