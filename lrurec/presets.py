@@ -56,6 +56,9 @@ class TrainingSettings:
     bias_from_frequency: bool = False
     """Start the item biases at log frequency instead of near 0: the model need not learn what is popular."""
 
+    embeddings_from_cooccurrence: bool = False
+    """Start the item embeddings at what is clicked near each other (`cooccurrence`) instead of at noise."""
+
     average_decay: float = 0.0
     """Of the running average of the weights that is validated and shipped; 0 ships the last weights."""
 

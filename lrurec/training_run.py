@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrurec.checkpoint import Progress, read_checkpoint, write_checkpoint
+from lrurec.cooccurrence import cooccurrence_embeddings
 from lrurec.errors import TrainingError
 from lrurec.evaluation import Metrics, lists_by_model, metrics_of, ranks_in
 from lrurec.interactions import HeldOut, Histories
@@ -55,6 +56,8 @@ class TrainingRun:
         self.model = LRURec(settings.architecture(num_items))
         if settings.bias_from_frequency:
             _set_bias_by_frequency(self.model, train)
+        if settings.embeddings_from_cooccurrence:
+            _set_embeddings_by_cooccurrence(self.model, train)
         self.model.to(device)
         self._average = copy.deepcopy(self.model).requires_grad_(requires_grad=False)
         self._best = copy.deepcopy(self._average)
@@ -182,6 +185,14 @@ def _set_bias_by_frequency(model: LRURec, train: Histories) -> None:
     clicks = np.bincount(train.items, minlength=len(model.item_bias)) + 1
     with torch.no_grad():
         model.item_bias.copy_(torch.from_numpy(np.log(clicks / clicks.sum())))
+
+
+def _set_embeddings_by_cooccurrence(model: LRURec, train: Histories) -> None:
+    weight = model.item_embedding.weight
+    embeddings = torch.from_numpy(cooccurrence_embeddings(train, *weight.shape))
+    known = embeddings.any(1)
+    with torch.no_grad():
+        weight[known] = embeddings[known]
 
 
 def _optimizer(model: LRURec, settings: TrainingSettings) -> torch.optim.AdamW:

@@ -82,7 +82,16 @@ def test_equal_arguments_give_equal_weights(unbroken):
     assert_equal_weights(train(cyclic_log(), SETTINGS), unbroken)
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"dropout": 0.3}, {"label_smoothing": 0.1}, {"average_decay": 0.0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"dropout": 0.3},
+        {"label_smoothing": 0.1},
+        {"average_decay": 0.0},
+        {"embeddings_from_cooccurrence": True},
+    ],
+)
 def test_other_settings_give_other_weights(unbroken, change):
     assert train(cyclic_log(), dataclasses.replace(SETTINGS, **change)).version != unbroken.version
 
