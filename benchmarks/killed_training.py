@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 
 from lrurec.bundle import load_bundle
-from lrurec.checkpoint import checkpoint_of
-from lrurec.training import CHECKPOINT_SECONDS
+from lrurec.training.checkpoint import checkpoint_of
+from lrurec.training.train import CHECKPOINT_SECONDS
 
 SHOP = Path(__file__).parents[1] / "stream_app" / "dev" / "demo" / "eshop" / "clicks.csv.gz"
 LRUREC = Path(sys.executable).with_name("lrurec")

@@ -28,12 +28,12 @@ from torch import Tensor
 from benchmarks import plain_form
 from benchmarks.machine import processor
 from lrurec.interactions import leave_one_out, read_interactions
-from lrurec.loss import softmax_cross_entropy
 from lrurec.model import LRURec
-from lrurec.presets import GradientPrecision, TrainingSettings, preset
 from lrurec.threads import limited_threads
-from lrurec.training_run import TrainingRun
-from lrurec.windows import Batch, Windows
+from lrurec.training.loss import softmax_cross_entropy
+from lrurec.training.presets import GradientPrecision, TrainingSettings, preset
+from lrurec.training.run import TrainingRun
+from lrurec.training.windows import Batch, Windows
 
 SHOP = Path(__file__).parents[1] / "stream_app" / "dev" / "demo" / "eshop" / "clicks.csv.gz"
 

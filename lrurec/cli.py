@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import click
 
 from lrurec.errors import LRURecError
-from lrurec.presets import PRESETS
 from lrurec.standard_streams import guard_standard_streams
+from lrurec.training.presets import PRESETS
 
 _ERROR = 1
 _INTERRUPTED = 130  # a shell's code for a command that Ctrl-C ended
@@ -164,7 +164,7 @@ def train(
     The same command goes on after a kill, from the checkpoint beside the bundle, to the same weights as if it had
     never been killed; run once more after its end, it finds the bundle and does nothing.
     """
-    from lrurec.train_command import train_bundle
+    from lrurec.training.command import train_bundle
 
     train_bundle(
         interactions,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-#: Every module of lrurec with functions that take arrays; the compiled loops in kernels.py have types of their own.
+#: Every module of lrurec with functions that take arrays; compiled loops have types of their own.
 _CHECKED = (
     "bundle",
     "catalogue",
@@ -12,15 +12,16 @@ _CHECKED = (
     "dropout",
     "evaluation",
     "interactions",
-    "loss",
     "model",
     "published",
     "recommendation",
     "recurrence",
     "serving",
-    "training",
-    "training_run",
-    "windows",
+    "training.cooccurrence",
+    "training.loss",
+    "training.run",
+    "training.train",
+    "training.windows",
 )
 
 install_import_hook([f"lrurec.{module}" for module in _CHECKED], "beartype.beartype")

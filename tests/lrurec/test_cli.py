@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from lrurec import presets, train_command
 from lrurec.bundle import load_bundle, save_bundle
 from lrurec.cli import main
 from lrurec.recommendation import recommend
+from lrurec.training import command as train_command
+from lrurec.training import presets
 
 COMMAND = [sys.executable, "-c", "from lrurec.cli import main; main()"]
 SHOP = Path(__file__).parents[2] / "stream_app" / "dev" / "demo" / "eshop" / "clicks.csv.gz"

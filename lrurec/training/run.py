@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrurec.checkpoint import Progress, read_checkpoint, write_checkpoint
-from lrurec.cooccurrence import cooccurrence_embeddings
 from lrurec.errors import TrainingError
 from lrurec.evaluation import Metrics, lists_by_model, metrics_of, ranks_in
 from lrurec.interactions import HeldOut, Histories
-from lrurec.loss import softmax_cross_entropy
-from lrurec.memory import return_freed_memory
 from lrurec.model import LRURec
-from lrurec.presets import TrainingSettings
-from lrurec.windows import Batch, Windows, epoch_order
+from lrurec.training.checkpoint import Progress, read_checkpoint, write_checkpoint
+from lrurec.training.cooccurrence import cooccurrence_embeddings
+from lrurec.training.loss import softmax_cross_entropy
+from lrurec.training.memory import return_freed_memory
+from lrurec.training.presets import TrainingSettings
+from lrurec.training.windows import Batch, Windows, epoch_order
 
 ADAM_EPS = 1e-9
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrurec.interactions import Histories
-from lrurec.windows import Windows, epoch_order
+from lrurec.training.windows import Windows, epoch_order
 
 
 def cut(users, max_len):

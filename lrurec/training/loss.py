@@ -12,9 +12,9 @@ from llvmlite import binding
 from torch import Tensor
 from torch.nn import functional
 
-from lrurec import loss_kernels
-from lrurec.presets import GradientPrecision
 from lrurec.threads import in_threads
+from lrurec.training import loss_kernels
+from lrurec.training.presets import GradientPrecision
 
 SCORES_PER_TILE = 1 << 24
 """Scores held at a time: 64 MiB in float32, 32 MiB in bfloat16. All of a beauty batch (700 labels) would be 40M."""

@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from lrurec import loss
-from lrurec.loss import softmax_cross_entropy
 from lrurec.threads import limited_threads
+from lrurec.training import loss
+from lrurec.training.loss import softmax_cross_entropy
 
 LABELS = torch.tensor([0, 3, 3, 10, 5, 1, 2])
 

@@ -12,17 +12,18 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lrurec import train_command, training
 from lrurec.bundle import load_bundle
 from lrurec.catalogue import Catalogue
-from lrurec.checkpoint import checkpoint_of
 from lrurec.errors import DeviceError, TrainingError
 from lrurec.evaluation import evaluate
 from lrurec.interactions import Histories, Interactions, read_interactions
-from lrurec.presets import PRESETS, TrainingSettings, preset
-from lrurec.training import train
+from lrurec.training import command as train_command
+from lrurec.training import train as training
+from lrurec.training.checkpoint import checkpoint_of
+from lrurec.training.presets import PRESETS, TrainingSettings, preset
+from lrurec.training.train import train
 
-SHOP = Path(__file__).parents[2] / "stream_app" / "dev" / "demo" / "eshop" / "clicks.csv.gz"
+SHOP = Path(__file__).parents[3] / "stream_app" / "dev" / "demo" / "eshop" / "clicks.csv.gz"
 
 SETTINGS = TrainingSettings(
     hidden_units=8,
@@ -323,8 +324,8 @@ PROGRAM = textwrap.dedent(
     f"""
     import sys
     from pathlib import Path
-    from lrurec import train_command, training
-    from lrurec.presets import TrainingSettings
+    from lrurec.training import command as train_command, train as training
+    from lrurec.training.presets import TrainingSettings
 
     train_command.preset = lambda name: {KILLED!r}
     log, out = map(Path, sys.argv[1:])

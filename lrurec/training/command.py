@@ -12,14 +12,14 @@ import click
 from rich.progress import BarColumn, Progress, TextColumn
 
 from lrurec.bundle import CONFIG_FILE, Bundle, load_bundle, require_writable_target, save_bundle
-from lrurec.checkpoint import checkpoint_of
 from lrurec.errors import BundleError
 from lrurec.evaluation import Metrics
 from lrurec.interactions import read_interactions
-from lrurec.presets import preset
 from lrurec.report import require_drawable, write_report
-from lrurec.training import TrainingReport, run_id
-from lrurec.training import train as train_model
+from lrurec.training.checkpoint import checkpoint_of
+from lrurec.training.presets import preset
+from lrurec.training.train import TrainingReport, run_id
+from lrurec.training.train import train as train_model
 
 LINE_SECONDS = 2.0
 """Between two lines of progress where the output isn't a terminal."""

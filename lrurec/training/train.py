@@ -18,9 +18,9 @@ from lrurec.catalogue import Catalogue
 from lrurec.errors import DeviceError, TrainingError
 from lrurec.evaluation import Metrics
 from lrurec.interactions import MIN_CLICKS_TO_EVALUATE, HeldOut, Interactions, Split, leave_one_out
-from lrurec.presets import TrainingSettings
 from lrurec.threads import limited_threads
-from lrurec.training_run import TrainingRun
+from lrurec.training.presets import TrainingSettings
+from lrurec.training.run import TrainingRun
 
 CHECKPOINT_SECONDS = 10.0
 """Between two checkpoints, besides one at every validation."""

@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrurec import cooccurrence
-from lrurec.cooccurrence import STD, WINDOW, cooccurrence_embeddings
 from lrurec.interactions import Histories
+from lrurec.training import cooccurrence
+from lrurec.training.cooccurrence import STD, WINDOW, cooccurrence_embeddings
 
 
 def histories(users):
