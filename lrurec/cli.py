@@ -131,7 +131,7 @@ def _commands() -> None:
     type=click.Choice(list(PRESETS)),
     default="default",
     show_default=True,
-    help="Sizes and recipe for a data set; `default` is the paper's.",
+    help="Sizes and recipe: `default` for a log of your own, `published` as the paper's code trains.",
 )
 @click.option(
     "--until",

@@ -40,6 +40,9 @@ class TrainingSettings:
     epochs: int | None = None
     """Passes over the windows, where `max_steps` doesn't end the training before; None leaves it to early stopping."""
 
+    min_steps: int = 1
+    """Steps that `epochs` may not fall below: a small log is passed over more often."""
+
     learning_rate: float = 1e-3
     schedule: Literal["constant", "linear"] = "constant"
     """`linear` falls from the learning rate to 0 at the last step: as good in a fraction of the steps."""
@@ -73,7 +76,7 @@ class TrainingSettings:
     """Of torch, on the CPU; None leaves torch's choice. Small models are faster by one than by two that wait."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_steps", "validate_every", "patience"):
+        for name in ("batch_size", "max_steps", "min_steps", "validate_every", "patience"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.epochs is not None and self.epochs < 1:
@@ -95,7 +98,9 @@ class TrainingSettings:
     def steps_over(self, num_windows: int) -> int:
         """Steps of a whole training, early stopping aside."""
         batches = -(-num_windows // self.batch_size)
-        return self.max_steps if self.epochs is None else min(self.max_steps, self.epochs * batches)
+        return (
+            self.max_steps if self.epochs is None else min(self.max_steps, max(self.min_steps, self.epochs * batches))
+        )
 
     def rate_at(self, step: int, steps: int) -> float:
         """Learning rate of a step, counted from 0, of `steps` in all."""
@@ -112,6 +117,7 @@ RECIPE = TrainingSettings(
     schedule="linear",
     warmup_steps=100,
     epochs=15,
+    min_steps=2_000,
     label_smoothing=0.1,
     bias_from_frequency=True,
     embeddings_from_cooccurrence=True,

@@ -121,7 +121,8 @@ def test_a_training_that_diverges_ends_with_what_to_do():
 def test_epochs_count_passes_over_the_windows():
     bundle = train(cyclic_log(users=60), dataclasses.replace(SETTINGS, epochs=3))
     assert bundle.metadata["steps"] == 3 * 4  # 60 windows, 16 at a time
-    assert train(cyclic_log(users=60), dataclasses.replace(SETTINGS, epochs=3, max_steps=5)).metadata["steps"] == 5
+    for limits, steps in (({"max_steps": 5}, 5), ({"min_steps": 14}, 14), ({"min_steps": 14, "max_steps": 13}, 13)):
+        assert train(cyclic_log(), dataclasses.replace(SETTINGS, epochs=3, **limits)).metadata["steps"] == steps
 
 
 def test_a_linear_schedule_reaches_0_just_beyond_the_last_step_whatever_ends_the_training():
