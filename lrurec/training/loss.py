@@ -24,6 +24,9 @@ ROWS_PER_TILE = 512
 
 _ROWS_STEP = 64
 
+_LARGEST_TOTAL = 1e25
+"""Of exponentials above a label's: an item 57 nats above it. Far from float32's limits in the sums and in 1 / total."""
+
 
 def softmax_cross_entropy(
     encodings: Float[Tensor, "n d"],
@@ -170,8 +173,8 @@ class _CompiledScores(_Scores):
 
         in_threads(fill, len(self._ranges))
         totals = torch.from_numpy(sums.sum(0))
-        if not bool(totals.isfinite().all()):
-            # Some score stands 88 above its label's: only now is the greatest score of every row worth its search.
+        if not bool((totals < _LARGEST_TOTAL).all()):  # NaN is not below it either
+            # Some score stands far above its label's: only now is the greatest score of every row worth its search.
             exact = super().exponentials(encodings, own)
             return exact._replace(values=exact.values.to(values.dtype))
         return _Exponentials(values, totals, own)

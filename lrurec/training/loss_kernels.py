@@ -16,7 +16,7 @@ _SIXTEEN = np.int32(16)
 
 @njit(inline="always")
 def _exp(x):
-    """e^x in float32, relative error below 2e-7; x is cut to [-87, 88.7], so that it is never 0 and overflows to inf.
+    """e^x in float32, relative error below 2e-7; x is cut to [-87, 88.7], so that it is neither 0 nor infinite.
 
     e^x = 2^n e^r, n = round(x / ln 2): Cephes' polynomial for e^r, |r| ≤ ln 2 / 2, and n added to the exponent's bits.
     Branch-free, so that the loop around it is vectorised. Adding and taking away 1.5·2²³ rounds to a whole number.

@@ -62,11 +62,30 @@ def test_items_of_one_circle_lie_closer_than_those_of_two():
     assert cosine[~same].mean() < 0.1
 
 
-def test_equal_histories_give_equal_bits():
-    generator = np.random.default_rng(1)
-    users = [generator.integers(1, 400, 9).tolist() for _ in range(500)]
-    one, other = (cooccurrence_embeddings(histories(users), 401, 16) for _ in range(2))
+GENERATOR = np.random.default_rng(1)
+
+
+@pytest.mark.parametrize(
+    "users",
+    [
+        [GENERATOR.integers(1, 400, 9).tolist() for _ in range(500)],
+        [[1, 2], [3, 4], [5, 6]],
+        [[2 * pair + 1, 2 * pair + 2] for pair in range(100)],
+    ],
+    ids=["usual", "few values", "equal values"],
+)
+def test_equal_histories_give_equal_bits(users):
+    one, other = (cooccurrence_embeddings(histories(users), 500, 64) for _ in range(2))
+    assert np.isfinite(one).all()
     assert (one == other).all()
+
+
+def test_rows_without_pairs_stay_as_they_were_drawn_whatever_rounding_leaves():
+    users = [GENERATOR.integers(1, 20, 6).tolist() for _ in range(50)]
+    embeddings = cooccurrence_embeddings(histories(users), 300, 64)
+    assert not embeddings[20:].any()
+    assert not embeddings[0].any()
+    assert embeddings[1:20].std() == pytest.approx(STD, rel=1e-4)
 
 
 def test_a_log_without_any_pair_gives_no_embedding():
