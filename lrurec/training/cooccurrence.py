@@ -25,8 +25,9 @@ OVERSAMPLING = 32
 """Directions beyond the width that are iterated: the last ones that are kept converge faster."""
 
 MAX_CLICKS = 4_000_000
-"""That are looked at, of the first users: at most 1.3 GB, where no pair of items comes twice. On top of that the factors
-take about 40 bytes an item and dimension.
+"""That are looked at, of the first users: at most 1.3 GB, where no pair of items comes twice.
+
+On top of that the factors take about 40 bytes an item and dimension.
 """
 
 
