@@ -129,7 +129,11 @@ def _model_of(config: LRURecConfig, weights: Mapping[str, Tensor], source: str) 
     if fault := _first_fault(model.state_dict(), weights):
         raise BundleError(f"{source}: {fault}")
     model.load_state_dict(dict(weights), assign=True)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    # Finite weights may still overflow: in an exponential of the eigenvalues, in a norm, in a product.
+    if not bool(model.scores(model.cold_start()[None]).isfinite().all()):
+        raise BundleError(f"{source}: weights give scores that are no numbers; train or convert the model again")
+    return model
 
 
 def _size_fault(config: LRURecConfig, weights: Mapping[str, Tensor]) -> str | None:

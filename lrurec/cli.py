@@ -140,7 +140,9 @@ def _commands() -> None:
     help="Learn from the clicks before this time alone, in the unit of the log's timestamps: what is to be evaluated "
     "by `--protocol time-split --cut TIMESTAMP` must not know what came after.",
 )
-@click.option("--max-steps", type=click.IntRange(1), metavar="N", help="End after N steps.  [default: the preset's]")
+@click.option(
+    "--max-steps", type=click.IntRange(1), metavar="N", help="End after N steps at most.  [default: the preset's]"
+)
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=42, show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
@@ -192,7 +194,7 @@ def report(bundle: Path, out: Path) -> None:
     from lrurec.bundle import load_bundle
     from lrurec.report import require_drawable, write_report
 
-    require_drawable(out)
+    require_drawable(out, bundle)
     write_report(out, load_bundle(bundle), bundle.name)
     click.echo(f"{out}: the report on {bundle}")
 

@@ -107,7 +107,8 @@ class Interactions:
         """16 hexadecimal digits of the SHA-256 over users, items and order: equal means equal training data."""
         digest = hashlib.sha256()
         for text in ("\n".join(self.user_ids), self.catalogue.to_text()):
-            digest.update(text.encode())
+            content = text.encode()
+            digest.update(len(content).to_bytes(8, "little") + content)
         for array in (self.histories.items, self.histories.offsets):
             digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
         return digest.hexdigest()[:16]

@@ -38,6 +38,7 @@ _BEYOND_64_BITS = 2.0**63
 """The least number that a signed 64-bit integer does not hold."""
 
 _SHOWN_CHARACTERS = 60
+_SHOWN_COLUMNS = 20
 """Of a value that is refused."""
 
 
@@ -88,7 +89,7 @@ def _faults_in_one_line(path: Path) -> Iterator[None]:
         yield
     except pl.exceptions.NoDataError as error:
         raise InteractionsError(f"{path} is empty; it must hold a log of clicks") from error
-    except (pl.exceptions.PolarsError, zlib.error, EOFError, OSError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, zlib.error, EOFError, OSError) as error:
         # Polars and gzip raise an OSError of their own over a damaged file; the system's have a name for the fault.
         if isinstance(error, OSError) and error.strerror:
             raise InteractionsError(f"{path} cannot be read: {error.strerror}") from error
@@ -157,7 +158,9 @@ def _require_columns(names: Sequence[str], path: Path) -> list[str]:
     order = [name for name in ORDER_COLUMNS if name in names]
     if not order or any(name not in names for name in ID_COLUMNS):
         needed = f"user_id, item_id and one of {', '.join(ORDER_COLUMNS)}"
-        raise InteractionsError(f"{path} has columns {', '.join(names)}; it needs {needed}")
+        given = ", ".join(repr(name[:_SHOWN_CHARACTERS]) for name in names[:_SHOWN_COLUMNS])
+        more = f" and {len(names) - _SHOWN_COLUMNS:,} more" if len(names) > _SHOWN_COLUMNS else ""
+        raise InteractionsError(f"{path} has columns {given}{more}; it needs {needed}")
     return [*ID_COLUMNS, *order]
 
 

@@ -32,6 +32,9 @@ BLOCK_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9
 
 BEST_COLOUR = "#444444"
 
+_BEYOND_PLOTS = 1e15
+"""No training has so many steps nor such a loss, and an axis so long cannot be drawn."""
+
 BINS = 24
 """Of a histogram: a block has 2d channels, and the published d is 64."""
 
@@ -41,8 +44,17 @@ LINE_POINTS = 15
 _PIXELS_PER_INCH = 130
 
 
-def require_drawable(path: Path) -> None:
-    """Raise `ReportError` unless a report may be written here. To be asked before a training, not after it."""
+def require_drawable(path: Path, bundle_folder: Path) -> None:
+    """Raise `ReportError` unless a report on a bundle may be written here. To be asked before a training, not after it.
+
+    Not into the bundle's own folder: what is no bundle's file would keep it from being replaced.
+    """
+    if bundle_folder.absolute() in (path.absolute(), *path.absolute().parents):
+        raise ReportError(f"{path} is in the folder of the bundle, {bundle_folder}; name a file elsewhere")
+    _require_file(path)
+
+
+def _require_file(path: Path) -> None:
     if path.suffix.lower() not in _WRITERS:
         raise ReportError(f"{path} ends in {path.suffix!r}; a report can be {', '.join(_WRITERS)}")
     if path.is_dir() or not path.absolute().parent.is_dir():
@@ -57,7 +69,7 @@ def write_report(path: Path, bundle: Bundle, name: str) -> None:
     Raises `ReportError` for another kind of file, one that can't be written, or metadata that hold no training curve
     of ours.
     """
-    require_drawable(path)
+    _require_file(path)
     content = _WRITERS[path.suffix.lower()](bundle, name)
     try:
         path.write_bytes(content)
@@ -95,8 +107,8 @@ def _curve(bundle: Bundle) -> Sequence[Mapping[str, Any]]:
         numbers = [
             [p["step"], p["loss"], p["learning_rate"], *(p["validation"][name] for name in METRICS)] for p in curve
         ]
-        sound = math.isfinite(best_step) and bool(np.isfinite(np.array(numbers)).all())
-    except (KeyError, TypeError, ValueError):
+        sound = 0 <= best_step < _BEYOND_PLOTS and bool((np.abs(np.array(numbers)) < _BEYOND_PLOTS).all())
+    except (KeyError, TypeError, ValueError, OverflowError):
         sound = False
     if not sound:
         raise ReportError("the bundle's metadata hold a training curve that is none of ours; train the model again")

@@ -53,6 +53,26 @@ def write_checkpoint(path: Path, progress: Progress, tensors: Mapping[str, Tenso
         raise TrainingError(f"{path} cannot be written: {error.strerror}; name another --out") from error
 
 
+def is_checkpoint_of(path: Path, run: str) -> bool:
+    """Whether there is a checkpoint here that says it is of this run; it may still turn out to be damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return bool(json.loads((file.metadata() or {})[_HEADER])["run"] == run)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return False
+
+
+def _checked(progress: Progress) -> Progress:
+    """Raises ValueError or TypeError for a progress that no training makes."""
+    validated = [int(point["step"]) for point in progress.curve]
+    counts = (progress.step, progress.best_step)
+    if any(type(count) is not int for count in counts) or not 0 <= progress.best_step <= progress.step:
+        raise ValueError("steps that cannot be")
+    if not -1 <= progress.best_recall <= 1 or (progress.best_step > 0 and progress.best_step not in validated):
+        raise ValueError("a best step without a validation")
+    return progress
+
+
 def read_checkpoint(path: Path, run: str, expected: Mapping[str, Tensor]) -> tuple[Progress, dict[str, Tensor]] | None:
     """The checkpoint of this run, its tensors shaped as `expected`; None if there is no file.
 
@@ -63,7 +83,7 @@ def read_checkpoint(path: Path, run: str, expected: Mapping[str, Tensor]) -> tup
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[_HEADER])
-            progress = Progress(**header)
+            progress = _checked(Progress(**header))
             tensors = {name: file.get_tensor(name) for name in expected} if progress.run == run else {}
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise TrainingError(f"{path} cannot be read as a checkpoint; delete it to start the training over") from error

@@ -16,7 +16,8 @@ from lrurec.errors import BundleError
 from lrurec.evaluation import Metrics
 from lrurec.interactions import read_interactions
 from lrurec.report import require_drawable, write_report
-from lrurec.training.checkpoint import checkpoint_of
+from lrurec.training.checkpoint import checkpoint_of, is_checkpoint_of
+from lrurec.training.only_one import only_training_of
 from lrurec.training.presets import preset
 from lrurec.training.train import TrainingReport, run_id
 from lrurec.training.train import train as train_model
@@ -42,31 +43,33 @@ def train_bundle(
     """
     require_writable_target(out)
     if report is not None:
-        require_drawable(report)
+        require_drawable(report, out)
     log = read_interactions(interactions)
     if until is not None:
         log = log.before(until)
     settings = dataclasses.replace(preset(preset_name), seed=seed)
     if max_steps is not None:
         settings = dataclasses.replace(settings, max_steps=max_steps)
-    checkpoint = checkpoint_of(out)
-    if (done := _trained_before(out, run_id(log, settings, log.catalogue))) is None:
-        users, clicks, items = len(log.user_ids), len(log.histories.items), len(log.catalogue)
-        click.echo(f"{interactions}: {clicks:,} clicks of {users:,} users on {items:,} items")
-        if checkpoint.exists():
-            click.echo(f"going on from {checkpoint}")
-        with _progress() as on_report:
-            trained = train_model(log, settings, device=device, checkpoint=checkpoint, on_report=on_report)
-        arguments: dict[str, str | int | float] = {
-            "interactions": interactions.name,
-            "preset": preset_name,
-            "device": device,
-        }
-        if until is not None:
-            arguments["until"] = until
-        done = dataclasses.replace(trained, metadata={"arguments": arguments, **trained.metadata})
-        save_bundle(out, done)
-    checkpoint.unlink(missing_ok=True)
+    checkpoint, identity = checkpoint_of(out), run_id(log, settings, log.catalogue, device)
+    with only_training_of(out):
+        if (done := _trained_before(out, identity)) is None:
+            users, clicks, items = len(log.user_ids), len(log.histories.items), len(log.catalogue)
+            click.echo(f"{interactions}: {clicks:,} clicks of {users:,} users on {items:,} items")
+            if is_checkpoint_of(checkpoint, identity):
+                click.echo(f"going on from {checkpoint}")
+            with _progress() as on_report:
+                trained = train_model(log, settings, device=device, checkpoint=checkpoint, on_report=on_report)
+            arguments: dict[str, str | int | float] = {
+                "interactions": interactions.name,
+                "preset": preset_name,
+                "device": device,
+            }
+            if until is not None:
+                arguments["until"] = until
+            done = dataclasses.replace(trained, metadata={"arguments": arguments, **trained.metadata})
+            save_bundle(out, done)
+        if is_checkpoint_of(checkpoint, identity):  # another training's is not ours to remove
+            checkpoint.unlink(missing_ok=True)
     click.echo(_summary(out, done))
     if report is not None:
         write_report(report, done, out.name)
@@ -79,7 +82,7 @@ def _trained_before(out: Path, identity: str) -> Bundle | None:
         bundle = load_bundle(out)
     except BundleError:
         return None  # it is about to be replaced
-    return bundle if bundle.metadata.get("run") == identity else None
+    return bundle if bundle.metadata.get("run") == identity and "metrics" in bundle.metadata else None
 
 
 def _summary(out: Path, bundle: Bundle) -> str:

@@ -1,5 +1,6 @@
 """Training a model on a log of clicks: from interactions to a bundle."""
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -19,6 +20,7 @@ from lrurec.errors import DeviceError, TrainingError
 from lrurec.evaluation import Metrics
 from lrurec.interactions import MIN_CLICKS_TO_EVALUATE, HeldOut, Interactions, Split, leave_one_out
 from lrurec.threads import limited_threads
+from lrurec.training.loss import multiplies_bfloat16
 from lrurec.training.presets import TrainingSettings
 from lrurec.training.run import TrainingRun
 
@@ -77,7 +79,7 @@ def train(
     """
     catalogue = catalogue or interactions.catalogue
     split = _split(interactions, catalogue)
-    target = _device(device)
+    target, settings = _device(device), resolve(settings)
     with limited_threads(settings.threads), torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
         run = TrainingRun(
             settings,
@@ -85,7 +87,7 @@ def train(
             split.validation,
             num_items=len(catalogue),
             device=target,
-            run_id=run_id(interactions, settings, catalogue),
+            run_id=run_id(interactions, settings, catalogue, device),
         )
         if checkpoint is not None:
             run.resume(checkpoint)
@@ -95,10 +97,24 @@ def train(
     return make_bundle(run.best.config, run.best.state_dict(), catalogue, metadata)
 
 
-def run_id(interactions: Interactions, settings: TrainingSettings, catalogue: Catalogue) -> str:
-    """16 hexadecimal digits over all that decides the trained weights: a checkpoint fits a run of the same id."""
+def resolve(settings: TrainingSettings) -> TrainingSettings:
+    """The settings with what they leave to the machine: the number of threads, and the precision of the gradient."""
+    precision = settings.gradient_precision
+    if precision == "auto":
+        precision = "bfloat16" if multiplies_bfloat16() else "float32"
+    return dataclasses.replace(
+        settings, threads=settings.threads or torch.get_num_threads(), gradient_precision=precision
+    )
+
+
+def run_id(interactions: Interactions, settings: TrainingSettings, catalogue: Catalogue, device: str) -> str:
+    """16 hexadecimal digits over all that decides the trained weights: a checkpoint fits a run of the same id.
+
+    Data, settings as resolved, catalogue, kind of device and version of this package.
+    """
+    how = [resolve(settings).to_json(), _device(device).type, _versions()["lrurec"]]
     digest = hashlib.sha256(interactions.fingerprint.encode())
-    digest.update(json.dumps(settings.to_json(), sort_keys=True).encode())
+    digest.update(json.dumps(how, sort_keys=True).encode())
     digest.update(catalogue.to_text().encode())
     return digest.hexdigest()[:16]
 

@@ -187,3 +187,11 @@ def test_a_harmed_bundle_is_refused_in_one_line(folder, fault):
 def test_no_bundle_at_all_says_how_to_make_one(tmp_path):
     with pytest.raises(BundleError, match="lrurec train"):
         load_bundle(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["blocks.0.lru.theta_log", "blocks.1.lru.gamma_log", "layer_norm.weight"])
+def test_finite_weights_that_give_no_finite_scores_are_refused(small_bundle, name):
+    weights = {key: value.clone() for key, value in small_bundle.model.state_dict().items()}
+    weights[name].fill_(3e38 if "norm" in name else 800)
+    with pytest.raises(BundleError, match="no numbers"):
+        make_bundle(small_bundle.config, weights, small_bundle.catalogue, {})

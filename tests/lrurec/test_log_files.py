@@ -135,3 +135,11 @@ def test_a_reader_may_stop_in_the_middle(tmp_path, small_pieces):
     batches = read_batches(tmp_path / "a.csv")
     assert len(next(batches)) == 3
     batches.close()
+
+
+def test_a_refusal_of_columns_is_one_short_line_whatever_the_header_holds(tmp_path):
+    path = tmp_path / "wide.csv"
+    path.write_text(",".join(f"column_{index}_{'x' * 500}" for index in range(3_000)) + "\n1\n")
+    with pytest.raises(InteractionsError, match="2,980 more") as refused:
+        read_log(path)
+    assert len(str(refused.value)) < 3_000

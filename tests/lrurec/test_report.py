@@ -135,4 +135,10 @@ def test_a_curve_without_a_best_step_is_drawn_unmarked(small_bundle):
 def test_without_matplotlib_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ReportError, match=r"pip install 'stream-app\[report\]'"):
-        require_drawable(tmp_path / "r.html")
+        require_drawable(tmp_path / "r.html", tmp_path / "shop.bundle")
+
+
+@pytest.mark.parametrize("place", ["shop.html", "shop.html/r.html", "shop.html/deep/r.png"])
+def test_a_report_does_not_go_into_the_bundle_that_it_is_on(tmp_path, place):
+    with pytest.raises(ReportError, match="in the folder of the bundle"):
+        require_drawable(tmp_path / place, tmp_path / "shop.html")

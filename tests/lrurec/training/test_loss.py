@@ -50,7 +50,7 @@ def test_the_compiled_loss_and_its_gradients_are_those_of_the_whole(rows, items,
     encodings, weight, bias = magnitudes
     parts = torch.autograd.grad(((encodings * weight[labels]).sum(1) + bias[labels]).mean(), magnitudes)
     with limited_threads(threads):
-        for precision, tolerance in (("float32", 1e-5), ("bfloat16", 5e-3)):
+        for precision, tolerance in (("float32", 5e-5), ("bfloat16", 5e-3)):
             ours = softmax_cross_entropy(*inputs, labels, smoothing, precision)
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
             for one, other, part in zip(torch.autograd.grad(ours, inputs), expected, parts, strict=True):

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -11,17 +12,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lrurec.bundle import load_bundle
 from lrurec.catalogue import Catalogue
 from lrurec.errors import DeviceError, TrainingError
 from lrurec.evaluation import evaluate
 from lrurec.interactions import Histories, Interactions, read_interactions
+from lrurec.threads import limited_threads
 from lrurec.training import command as train_command
 from lrurec.training import train as training
 from lrurec.training.checkpoint import checkpoint_of
+from lrurec.training.only_one import only_training_of
 from lrurec.training.presets import PRESETS, TrainingSettings, preset
-from lrurec.training.train import train
+from lrurec.training.train import resolve, run_id, train
 
 SHOP = Path(__file__).parents[3] / "stream_app" / "dev" / "demo" / "eshop" / "clicks.csv.gz"
 
@@ -144,7 +148,7 @@ def test_the_metadata_say_where_a_model_comes_from(unbroken):
         "items": 12,
         "clicks": len(log.histories.items),
     }
-    assert metadata["settings"] == SETTINGS.to_json()
+    assert metadata["settings"] == resolve(SETTINGS).to_json()
     assert set(metadata["versions"]) == {"lrurec", "python", "torch", "numpy", "numba"}
     assert metadata["metrics"]["test"] == evaluate(unbroken, log).model.to_json()
     assert metadata["device"] in ("cpu", "cuda")
@@ -383,3 +387,73 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(tmp_path, l
 
 def test_the_log_that_was_trained_on_is_the_one_in_the_file(log_file):
     assert read_interactions(log_file).histories.lengths.tolist() == cyclic_log(300, 40).histories.lengths.tolist()
+
+
+def test_what_the_machine_decides_is_part_of_what_a_checkpoint_must_fit():
+    log = cyclic_log()
+
+    def identity(**change):
+        return run_id(log, dataclasses.replace(SETTINGS, **change), log.catalogue, "cpu")
+
+    assert identity() == run_id(
+        log, resolve(SETTINGS), log.catalogue, "auto" if not torch.cuda.is_available() else "cpu"
+    )
+    assert len({identity(), identity(threads=2), identity(gradient_precision="float32"), identity(seed=1)}) >= 3
+    with limited_threads(1):
+        one = identity(threads=None)
+    with limited_threads(2):
+        assert identity(threads=None) != one
+
+
+def quick(log_file, out, monkeypatch, seed=3, steps=20):
+    settings = dataclasses.replace(KILLED, max_steps=steps, validate_every=10)
+    monkeypatch.setattr(train_command, "preset", lambda name: settings)
+    train_command.train_bundle(log_file, out, preset_name="default", max_steps=None, seed=seed, device="cpu")
+
+
+def test_a_finished_training_leaves_another_ones_checkpoint(tmp_path, log_file, monkeypatch):
+    out = tmp_path / "shop.bundle"
+    quick(log_file, out, monkeypatch)
+    log = read_interactions(log_file)
+    other = dataclasses.replace(KILLED, seed=4)
+    with pytest.raises(Interrupted):
+        train(log, other, device="cpu", checkpoint=checkpoint_of(out), on_report=interrupt)
+    quick(log_file, out, monkeypatch)
+    assert checkpoint_of(out).exists()
+
+
+def interrupt(report):
+    if report.step >= 10:
+        raise Interrupted
+
+
+def test_two_trainings_of_one_bundle_are_one_too_many(tmp_path, log_file, monkeypatch):
+    out = tmp_path / "shop.bundle"
+    with only_training_of(out), pytest.raises(TrainingError, match="another training is writing"):
+        quick(log_file, out, monkeypatch)
+    quick(log_file, out, monkeypatch)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "shop.bundle"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": -4},
+        {"step": "1"},
+        {"best_step": 7},
+        {"best_recall": None},
+        {"best_recall": 2},
+        {"curve": 5},
+        {"curve": [1]},
+        {"more": 1},
+    ],
+)
+def test_a_checkpoint_whose_header_cannot_be_is_refused_in_one_line(tmp_path, change):
+    checkpoint = tmp_path / "c.safetensors"
+    train(cyclic_log(), dataclasses.replace(SETTINGS, max_steps=20), checkpoint=checkpoint)
+    with safe_open(checkpoint, framework="pt") as file:
+        header = json.loads(file.metadata()["training"])
+    tensors = load_file(checkpoint)
+    save_file(tensors, checkpoint, {"training": json.dumps({**header, **change})})
+    with pytest.raises(TrainingError, match="delete it"):
+        train(cyclic_log(), dataclasses.replace(SETTINGS, max_steps=20), checkpoint=checkpoint)
