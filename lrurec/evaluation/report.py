@@ -96,8 +96,8 @@ def evaluate(bundle: Bundle, interactions: Interactions, protocol: Protocol = _L
     are skipped in a history; as an answer they count as missed. The baselines learn from what may be known, no answer
     among it: under leave-one-out that is a click a user more than the model's weights were trained on.
 
-    Beyond the model and the log it takes memory for some batches of a baseline's scores (64 MiB each), the lists (80 bytes a user
-    and baseline), and the similarities of `baselines` (at most 1.6 KB an item); never for users × items.
+    Beyond the model and the log it takes memory for some batches of a baseline's scores (64 MiB each), the lists (80
+    bytes a user and baseline), and the similarities of `baselines` (at most 1.6 KB an item); never for users × items.
 
     Raises `InteractionsError` if the log has no item of the bundle, or as the protocol's `examine`.
     """
