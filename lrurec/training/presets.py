@@ -124,7 +124,7 @@ RECIPE = TrainingSettings(
     average_decay=0.998,
     dropout=0.4,
 )
-"""What is better than the published settings in a fraction of the steps; docs/quality.md has the figures."""
+"""A short training with a planned end; docs/quality.md has its figures beside the paper's."""
 
 PRESETS: dict[PresetName, TrainingSettings] = {
     "default": RECIPE,

@@ -113,3 +113,8 @@ def test_an_item_keeps_its_nearest_neighbours_the_lower_row_among_equals(users, 
         nearest = sorted(np.flatnonzero(before), key=lambda row: (-before[row], row))[:neighbours]
         assert sorted(nearest) == np.flatnonzero(after).tolist()
         assert (after[nearest] == before[nearest]).all()
+
+
+def test_only_the_last_clicks_of_a_user_say_which_items_are_alike(monkeypatch):
+    monkeypatch.setattr(baselines, "COUNTED_CLICKS", 2)
+    assert (similarities(histories([[1, 2, 3]]), 4).toarray() == similarities(histories([[2, 3]]), 4).toarray()).all()
