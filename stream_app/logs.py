@@ -72,6 +72,14 @@ def configure_logging(settings: Settings) -> None:
         handler.addFilter(lambda record: not record.name.startswith(_CHATTY) or seldom.filter(record))
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.DEBUG if level == "DEBUG" else logging.ERROR)
+    # What the interpreter would print itself, such as of a coroutine that nobody awaited, is a log line as well.
+    logging.captureWarnings(capture=True)
+    sys.unraisablehook = _log_unraisable
+
+
+def _log_unraisable(found: sys.UnraisableHookArgs) -> None:
+    where = f"{found.err_msg or 'exception ignored in'} {found.object!r}"
+    logging.getLogger("python").error("%s: %r", where, found.exc_value)
 
 
 def _renderers(log_format: str) -> list[structlog.typing.Processor]:

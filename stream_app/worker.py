@@ -239,7 +239,9 @@ async def _end_process(parts: Parts, error: Exception, leaving_seconds: float) -
             await cast("RecordBatchConsumer", parts.app.consumer).leave_group()
     except (Exception, asyncio.CancelledError) as further:  # noqa: BLE001  (the first error is the one to report)
         log.warning("leaving the group failed", error=repr(further))
-    print(f"Error: {' '.join((str(error) or repr(error)).split())}", file=sys.stderr, flush=True)  # noqa: T201
+    # Its newline in the same write: another thread may log meanwhile.
+    sys.stderr.write(f"Error: {' '.join((str(error) or repr(error)).split())}\n")
+    sys.stderr.flush()
     os._exit(1)
 
 

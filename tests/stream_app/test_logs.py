@@ -73,5 +73,27 @@ except OSError:
     assert "hunter2" not in done.stderr
 
 
+def test_what_the_interpreter_says_itself_is_a_log_line_too():
+    program = """
+import os, warnings
+from stream_app.logs import configure_logging
+from stream_app.settings import Settings
+configure_logging(Settings.from_environment(os.environ))
+class Broken:
+    def __del__(self):
+        raise OSError("of a finalizer")
+async def nobody_awaits():
+    pass
+nobody_awaits()
+Broken()
+warnings.warn("of a library", RuntimeWarning)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={}, capture_output=True, text=True, timeout=60, check=True
+    )
+    events = [json.loads(line)["event"] for line in done.stderr.splitlines()]
+    assert ["never awaited" in events[0], "of a finalizer" in events[1], "of a library" in events[2]] == [True] * 3
+
+
 def made(text="away"):
     return logging.makeLogRecord({"name": "aiokafka", "levelno": logging.ERROR, "msg": text})

@@ -385,8 +385,9 @@ async def test_without_kafka_a_worker_is_not_ready_and_still_ends_in_time_with_o
             wait_until(lambda: worker.ask("/ready") == 503, 30, worker.tail)
             assert worker.ask("/live") == 200
             assert worker.terminate(6) == 1
-            [line] = [line for line in worker.log.read_text().splitlines() if not line.startswith("{")]
-            assert "Kafka does not answer" in line
+            lines = [line for line in worker.log.read_text().splitlines() if not line.startswith("{")]
+            assert [line[:6] for line in lines] == ["Error:"], worker.tail()
+            assert "Kafka does not answer" in lines[0]
 
 
 def test_a_signal_before_kafka_answers_ends_the_start(bundle_folder: Path, tmp_path: Path) -> None:
