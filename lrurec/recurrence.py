@@ -1,6 +1,7 @@
 """The linear recurrent unit: a whole sequence at once for training, one step on a carried state for serving."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -8,9 +9,13 @@ from jaxtyping import Complex, Complex64, Float, Float32, Int64
 from torch import Tensor, nn
 
 from lrurec import scan_kernels
+from lrurec.threads import in_threads
 
 RING = (0.8, 0.99)
 """|λ| at initialisation: between forgetting within a few clicks and remembering about a hundred."""
+
+_TOKENS_PER_THREAD = 512
+"""At least: waking a thread costs as much as some hundred tokens."""
 
 
 class LRU(nn.Module):
@@ -121,7 +126,14 @@ class _LinearScan(torch.autograd.Function):
     ) -> Tensor:
         if driven.device.type == "cpu":
             h = torch.empty(driven.shape, dtype=driven.dtype)
-            scan_kernels.scan(_pairs(driven), _pairs(eigenvalues), position.numpy(), _pairs(h))
+            tokens, channels = (_pairs(driven), position.numpy(), _pairs(h)), _pairs(eigenvalues)
+            parts = _parts(position)
+
+            def scan(part: int) -> None:
+                u, places, out = (values[parts[part]] for values in tokens)
+                scan_kernels.scan(u, channels, places, out)
+
+            in_threads(scan, len(parts))
         else:
             h = scan_by_doubling(driven, eigenvalues, position)
         ctx.save_for_backward(h, eigenvalues, position)
@@ -131,11 +143,28 @@ class _LinearScan(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         h, eigenvalues, position = ctx.saved_tensors  # type: ignore[attr-defined]
         if grad.device.type == "cpu":
-            g, summed = torch.empty(h.shape, dtype=h.dtype), torch.empty(len(eigenvalues), dtype=torch.complex128)
-            known = (_pairs(grad), _pairs(h), _pairs(eigenvalues), position.numpy())
-            scan_kernels.scan_gradient(*known, _pairs(g), _pairs(summed))
-            return g, summed.to(eigenvalues.dtype), None
+            g = torch.empty(h.shape, dtype=h.dtype)
+            tokens, channels = (_pairs(grad), _pairs(h), position.numpy(), _pairs(g)), _pairs(eigenvalues)
+            parts = _parts(position)
+            summed = torch.empty(len(parts), len(eigenvalues), dtype=torch.complex128)
+
+            def scan_gradient(part: int) -> None:
+                upstream, states, places, out = (values[parts[part]] for values in tokens)
+                scan_kernels.scan_gradient(upstream, states, channels, places, out, _pairs(summed[part]))
+
+            in_threads(scan_gradient, len(parts))
+            return g, summed.sum(0).to(eigenvalues.dtype), None
         return (*gradient_by_doubling(grad, h, eigenvalues, position), None)
+
+
+def _parts(position: Int64[Tensor, " n"]) -> list[slice]:
+    """Runs of whole sequences for the threads, of about as many tokens each; few tokens stay together."""
+    tokens = len(position)
+    count = max(1, min(torch.get_num_threads(), tokens // _TOKENS_PER_THREAD))
+    starts = np.flatnonzero(position.numpy() == 0) if count > 1 else np.empty(0, np.int64)
+    wanted = np.searchsorted(starts, [tokens * part // count for part in range(1, count)])
+    cuts = sorted({0, tokens, *starts[wanted[wanted < len(starts)]].tolist()})
+    return [slice(first, last) for first, last in pairwise(cuts)] or [slice(0, 0)]
 
 
 def _pairs(values: Complex[Tensor, "*shape"]) -> Float[np.ndarray, "*shape 2"]:

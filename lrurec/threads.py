@@ -1,7 +1,7 @@
 """How many threads compute, and compiled loops in several."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 
@@ -26,13 +26,25 @@ def limited_threads(count: int | None) -> Iterator[None]:
 
 
 def in_threads(task: Callable[[int], None], parts: int) -> None:
-    """Run the parts 0..parts-1 of a task side by side, the first in this thread; they must not hold the GIL."""
+    """Run the parts 0..parts-1 of a task side by side, the first in this thread; they must not hold the GIL for long.
+
+    Torch has one thread inside each of several parts.
+    """
+    if parts == 1:
+        task(0)
+        return
     others = [_pool(parts).submit(task, part) for part in range(1, parts)]
-    task(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        task(0)
+    finally:
+        torch.set_num_threads(before)
+        wait(others)
     for other in others:
         other.result()
 
 
 @cache
 def _pool(size: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(size, thread_name_prefix="lrurec")
+    return ThreadPoolExecutor(size, "lrurec", initializer=torch.set_num_threads, initargs=(1,))

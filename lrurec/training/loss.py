@@ -1,6 +1,6 @@
 """Full softmax cross entropy that never holds more than a tile of scores."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,10 +16,10 @@ from lrurec.threads import in_threads
 from lrurec.training import loss_kernels
 from lrurec.training.presets import GradientPrecision
 
-SCORES_PER_TILE = 1 << 24
-"""Scores held at a time: 64 MiB in float32, 32 MiB in bfloat16. All of a beauty batch (700 labels) would be 40M."""
+SCORES_PER_TILE = 1 << 26
+"""Scores held at a time: 256 MiB in float32, 128 MiB in bfloat16. All of a beauty batch (700 labels) are 40M."""
 
-ROWS_PER_TILE = 512
+ROWS_PER_TILE = 2048
 """At most: the scores of so many rows and of `loss_kernels.TILE_ITEMS` items fit a core's cache."""
 
 _ROWS_STEP = 64
@@ -64,14 +64,13 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
         grad_encodings, grad_weight, grad_bias = map(torch.zeros_like, (encodings, weight, bias))
         loss = encodings.new_zeros(())
         for rows, part, part_own, share in _tiles(encodings, own, num_rows):
-            values, totals, shift = scores.exponentials(part, part_own)
-            loss += ((totals.log() + shift - part_own) * share).sum()
-            scale = (share / totals)[:, None]
-            grad_encodings[rows] = ((values @ scores.factor) * scale)[: rows.stop - rows.start]
+            found = scores.exponentials(part, part_own)
+            loss += ((found.totals.log() + found.shift - part_own) * share).sum()
+            scale = (share / found.totals)[:, None]
+            grad_encodings[rows] = (found.products * scale)[: rows.stop - rows.start]
             # The column of scales beside the encodings gives the gradient of the bias by the same product.
-            by_item = values.T @ torch.cat([part * scale, scale], 1).to(values.dtype)
-            grad_weight += by_item[:, :-1]
-            grad_bias += by_item[:, -1]
+            scaled = torch.cat([part * scale, scale], 1)
+            scores.add_gradient(found.values, scaled, grad_weight, grad_bias)
         kept = (1 - smoothing) / n
         grad_encodings.sub_(weight[labels], alpha=kept)
         grad_weight.index_add_(0, labels, encodings, alpha=-kept)
@@ -123,68 +122,92 @@ def _tiles(encodings: Tensor, own: Tensor, num_rows: int) -> Iterator[_Tile]:
 
 
 class _Exponentials(NamedTuple):
-    """exp(s_iv - shift_i) of a tile of r rows, and each row's sum."""
+    """exp(s_iv - shift_i) of a tile of r rows."""
 
-    values: Tensor
-    """(r, v), as the products of the gradient take them; good until the next tile."""
+    values: Sequence[Tensor]
+    """(r, items of the range) a range of items, as the products of the gradient take them; good until the next tile."""
+
+    products: Tensor
+    """(r, d) Σ_v exp(s_iv - shift_i) E_v"""
 
     totals: Tensor
+    """(r,) Σ_v exp(s_iv - shift_i)"""
+
     shift: Tensor
 
 
 class _Scores:
-    """E x + bias by torch's operators."""
+    """E x + bias by torch's operators, all items at once."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self._weight, self._bias = weight, bias
-        self.factor = weight
-        """E, as the products of the gradient take it."""
 
     def exponentials(self, encodings: Tensor, own: Tensor) -> _Exponentials:
         """Of a tile of encodings and the scores of their labels. The shift is the greatest score."""
         scores = torch.addmm(self._bias, encodings, self._weight.T)
         shift = scores.amax(1)
         values = scores.sub_(shift[:, None]).exp_()
-        return _Exponentials(values, values.sum(1), shift)
+        return _Exponentials([values], values @ self._weight, values.sum(1), shift)
+
+    def add_gradient(self, values: Sequence[Tensor], scaled: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
+        """Add a tile's terms of the gradient; `scaled` is (r, d + 1), the encodings and a column of ones, scaled."""
+        by_item = values[0].T @ scaled
+        grad_weight += by_item[:, :-1]
+        grad_bias += by_item[:, -1]
 
 
 class _CompiledScores(_Scores):
-    """E x + bias in float32 by compiled loops, whose threads share out the items."""
+    """E x + bias in float32 by compiled loops. The threads share out the items, in all products."""
 
     def __init__(self, weight: Tensor, bias: Tensor, *, half: bool) -> None:
         super().__init__(weight, bias)
-        self.factor = weight.to(torch.bfloat16 if half else torch.float32)
+        self._dtype = torch.bfloat16 if half else torch.float32
         self._kernel = loss_kernels.exponentiate_to_bfloat16 if half else loss_kernels.exponentiate
-        self._table = weight.detach().contiguous().numpy(), bias.detach().contiguous().numpy()
         self._ranges = _item_ranges(len(weight), torch.get_num_threads())
-        self._memory = self.factor.new_empty(0, len(weight))
+        self._factors = [weight[items].to(self._dtype) for items in self._ranges]
+        self._tables = [(weight[items].numpy(), bias[items].numpy()) for items in self._ranges]
+        self._memory = [factor.new_empty(0, len(factor)) for factor in self._factors]
 
     def exponentials(self, encodings: Tensor, own: Tensor) -> _Exponentials:
         """As of `_Scores`. The shift is the label's score, which needs no search and keeps every sum above 1."""
-        if len(self._memory) < len(encodings):
-            self._memory = self._memory.new_empty(len(encodings), self._memory.shape[1])
-        values = self._memory[: len(encodings)]
-        out = (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
-        sums = np.empty((len(self._ranges), len(encodings)), np.float32)
-        rows, shift = encodings.detach().contiguous().numpy(), own.detach().contiguous().numpy()
+        count = len(encodings)
+        if len(self._memory[0]) < count:
+            self._memory = [memory.new_empty(count, memory.shape[1]) for memory in self._memory]
+        values = [memory[:count] for memory in self._memory]
+        sums = np.empty((len(self._ranges), count), np.float32)
+        products = encodings.new_empty(len(self._ranges), *encodings.shape)
 
         def fill(part: int) -> None:
-            self._kernel(rows, *self._table, shift, *self._ranges[part], out, sums[part])
+            out = (values[part].view(torch.int16) if self._dtype == torch.bfloat16 else values[part]).numpy()
+            self._kernel(encodings.numpy(), *self._tables[part], own.numpy(), out, sums[part])
+            products[part] = values[part] @ self._factors[part]
 
         in_threads(fill, len(self._ranges))
         totals = torch.from_numpy(sums.sum(0))
         if not bool((totals < _LARGEST_TOTAL).all()):  # NaN is not below it either
             # Some score stands far above its label's: only now is the greatest score of every row worth its search.
             exact = super().exponentials(encodings, own)
-            return exact._replace(values=exact.values.to(values.dtype))
-        return _Exponentials(values, totals, own)
+            return exact._replace(values=[exact.values[0][:, items].to(self._dtype) for items in self._ranges])
+        return _Exponentials(values, products.sum(0), totals, own)
+
+    def add_gradient(self, values: Sequence[Tensor], scaled: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
+        factor = scaled.to(self._dtype)
+
+        def add(part: int) -> None:
+            by_item = values[part].T @ factor
+            grad_weight[self._ranges[part]] += by_item[:, :-1]
+            grad_bias[self._ranges[part]] += by_item[:, -1]
+
+        in_threads(add, len(self._ranges))
 
 
 def _scores_of(weight: Tensor, bias: Tensor, precision: GradientPrecision) -> _Scores:
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return _Scores(weight, bias)
     return _CompiledScores(
-        weight, bias, half=precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16())
+        weight.detach().contiguous(),
+        bias.detach().contiguous(),
+        half=precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16()),
     )
 
 
@@ -195,8 +218,8 @@ def multiplies_bfloat16() -> bool:
     return any(features.get(name, False) for name in ("avx512bf16", "amx-bf16", "bf16"))
 
 
-def _item_ranges(num_rows: int, count: int) -> list[tuple[int, int]]:
+def _item_ranges(num_rows: int, count: int) -> list[slice]:
     """At most `count` runs of whole tiles that make up all rows of the item table."""
     tiles = -(-num_rows // loss_kernels.TILE_ITEMS)
     cuts = [min(num_rows, tiles * part // count * loss_kernels.TILE_ITEMS) for part in range(count + 1)]
-    return [(first, last) for first, last in pairwise(cuts) if first < last]
+    return [slice(first, last) for first, last in pairwise(cuts) if first < last]

@@ -44,25 +44,23 @@ def _bfloat16_bits(x):
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def exponentiate(encodings, weight, bias, shift, first, last, exponentials, sums):
-    """exp(E x + bias - shift) for the items first..last-1, and its sum over them.
+def exponentiate(encodings, weight, bias, shift, exponentials, sums):
+    """exp(E x + bias - shift), and its sum over the items.
 
     Args:
         encodings: (r, d) float32, contiguous.
         weight: (v, d) float32, contiguous.
         bias: (v,) float32.
         shift: (r,) float32, what is taken from a row's scores.
-        first: of the items.
-        last: one beyond the last item.
-        exponentials: (r, v), out, columns first..last-1: float32.
+        exponentials: (r, v) float32, out.
         sums: (r,) float32, out.
 
     """
-    rows = encodings.shape[0]
+    rows, items = encodings.shape[0], weight.shape[0]
     memory = np.empty(rows * TILE_ITEMS, np.float32)
     sums[:] = _float32(0)
-    for start in range(first, last, TILE_ITEMS):
-        width = min(TILE_ITEMS, last - start)
+    for start in range(0, items, TILE_ITEMS):
+        width = min(TILE_ITEMS, items - start)
         scores = memory[: rows * width].reshape(rows, width)
         np.dot(encodings, weight[start : start + width].T, scores)
         tile_bias = bias[start : start + width]
@@ -78,13 +76,13 @@ def exponentiate(encodings, weight, bias, shift, first, last, exponentials, sums
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def exponentiate_to_bfloat16(encodings, weight, bias, shift, first, last, exponentials, sums):
+def exponentiate_to_bfloat16(encodings, weight, bias, shift, exponentials, sums):
     """As `exponentiate`; exponentials are the bits of bfloat16 as int16, the sums are of the unrounded values."""
-    rows = encodings.shape[0]
+    rows, items = encodings.shape[0], weight.shape[0]
     memory = np.empty(rows * TILE_ITEMS, np.float32)
     sums[:] = _float32(0)
-    for start in range(first, last, TILE_ITEMS):
-        width = min(TILE_ITEMS, last - start)
+    for start in range(0, items, TILE_ITEMS):
+        width = min(TILE_ITEMS, items - start)
         scores = memory[: rows * width].reshape(rows, width)
         np.dot(encodings, weight[start : start + width].T, scores)
         tile_bias = bias[start : start + width]
