@@ -1,8 +1,7 @@
 """Files of clicks, read batch by batch: CSV, Parquet or JSON Lines, the first and the last also with .gz.
 
 No file is in memory as a whole. What is, beside the rows that a caller keeps, doesn't grow with the file: blocks and
-batches in flight, measured at less than 400 MB, and of a Parquet file the row groups that are being read: about 50
-bytes for each row of the largest.
+batches in flight, measured at less than 400 MB, also of a Parquet file that is one row group.
 """
 
 import gzip
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import polars as pl
+import pyarrow as pa
+from pyarrow import parquet
 
 from lrurec.errors import InteractionsError
 
@@ -89,8 +90,8 @@ def _faults_in_one_line(path: Path) -> Iterator[None]:
         yield
     except pl.exceptions.NoDataError as error:
         raise InteractionsError(f"{path} is empty; it must hold a log of clicks") from error
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, zlib.error, EOFError, OSError) as error:
-        # Polars and gzip raise an OSError of their own over a damaged file; the system's have a name for the fault.
+    except (pl.exceptions.PolarsError, pa.ArrowException, UnicodeDecodeError, zlib.error, EOFError, OSError) as error:
+        # The libraries raise an OSError of their own over a damaged file; the system's have a name for the fault.
         if isinstance(error, OSError) and error.strerror:
             raise InteractionsError(f"{path} cannot be read: {error.strerror}") from error
         reason = str(error).partition("\n")[0]
@@ -113,7 +114,16 @@ def _csv_batches(path: Path) -> Iterator[pl.DataFrame]:
 
 
 def _parquet_batches(path: Path) -> Iterator[pl.DataFrame]:
-    yield from _streamed(pl.scan_parquet(path, glob=False), path)
+    # Arrow reads, because polars aborts the whole process over some damaged files.
+    with parquet.ParquetFile(path, pre_buffer=False) as file:
+        known = _require_columns(file.schema_arrow.names, path)
+        for name in known:
+            if pa.types.is_nested(kind := file.schema_arrow.field(name).type) or pa.types.is_temporal(kind):
+                raise InteractionsError(f"{path}: column {name} is {kind}; it must be text or numbers")
+        for batch in file.iter_batches(BATCH_ROWS, columns=known):
+            batch.validate(full=True)
+            # Column by column, without the schema's own metadata: damaged, those make polars panic.
+            yield pl.DataFrame([pl.Series(name, batch.column(name)) for name in known])
 
 
 def _streamed(scan: pl.LazyFrame, path: Path) -> Iterator[pl.DataFrame]:
@@ -161,6 +171,10 @@ def _require_columns(names: Sequence[str], path: Path) -> list[str]:
         given = ", ".join(repr(name[:_SHOWN_CHARACTERS]) for name in names[:_SHOWN_COLUMNS])
         more = f" and {len(names) - _SHOWN_COLUMNS:,} more" if len(names) > _SHOWN_COLUMNS else ""
         raise InteractionsError(f"{path} has columns {given}{more}; it needs {needed}")
+    for name in (*ID_COLUMNS, *order):
+        # Polars adds to the name of a second column, Arrow and JSON don't.
+        if f"{name}_duplicated_0" in names or names.count(name) > 1:
+            raise InteractionsError(f"{path} has column {name} more than once; which one counts?")
     return [*ID_COLUMNS, *order]
 
 

@@ -83,6 +83,7 @@ FAULTS = {
     "compressed parquet": ("a.parquet.gz", gzip.compress(b"abc")),
     "nothing": ("a.csv", b""),
     "no rows": ("a.csv", HEADER.encode()),
+    "a column twice": ("a.csv", b"user_id,item_id,user_id,position\nu,a,v,1\n"),
     "no user_id": ("a.csv", b"user,item_id,position\nu,a,1\n"),
     "no item_id": ("a.csv", b"user_id,item,position\nu,a,1\n"),
     "no order": ("a.csv", b"user_id,item_id\nu,a\n"),

@@ -3,7 +3,11 @@ import json
 import tracemalloc
 
 import polars as pl
+import pyarrow as pa
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
 
 from lrurec import log_files
 from lrurec.errors import InteractionsError
@@ -122,6 +126,59 @@ def test_a_name_with_wildcards_is_that_file_alone(tmp_path):
     for name in ("a[1].csv", "a1.csv"):
         (tmp_path / name).write_text(f"user_id,item_id,position\n{name},a,1\n")
     assert read_log(tmp_path / "a[1].csv")["user_id"].to_list() == ["a[1].csv"]
+
+
+@pytest.fixture(scope="module")
+def parquet_bytes(tmp_path_factory):
+    path = tmp_path_factory.mktemp("log") / "a.parquet"
+    pl.DataFrame([click(user_id=f"u{k % 7}", position=k) for k in range(300)]).write_parquet(path)
+    return path.read_bytes()
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_parquet_file_is_read_or_refused_in_one_line(tmp_path, parquet_bytes, data):
+    damaged = bytearray(parquet_bytes)
+    places = st.tuples(st.integers(0, len(damaged) - 1), st.integers(0, 255))
+    for place, value in data.draw(st.lists(places, min_size=1, max_size=4)):
+        damaged[place] = value
+    (tmp_path / "a.parquet").write_bytes(damaged[: data.draw(st.integers(4, len(damaged)))])
+    assert fault_of(tmp_path / "a.parquet").count("\n") == 0
+
+
+def test_no_damaged_byte_of_a_parquet_file_ends_the_process(tmp_path, parquet_bytes):
+    """Polars 2.1 aborts over some of these; Arrow refuses them or reads what is there."""
+    faults = set()
+    for place in range(4, len(parquet_bytes)):
+        damaged = bytearray(parquet_bytes)
+        damaged[place] = 127
+        (tmp_path / "a.parquet").write_bytes(damaged)
+        faults.add(fault_of(tmp_path / "a.parquet"))
+    assert len(faults) > 10
+
+
+def fault_of(path):
+    """What a log is refused for; nothing if it is read."""
+    try:
+        read_log(path)
+    except InteractionsError as error:
+        return str(error)
+    return ""
+
+
+def test_a_parquet_column_of_times_is_refused_by_its_name(tmp_path):
+    log = pl.DataFrame([click()]).with_columns(position=pl.lit("2024-01-01").str.to_datetime())
+    log.write_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InteractionsError, match="column position is timestamp"):
+        read_log(tmp_path / "a.parquet")
+
+
+def test_a_column_that_a_parquet_file_has_twice_is_refused(tmp_path):
+    columns = [pa.array(["u"]), pa.array(["a"]), pa.array([1]), pa.array(["v"])]
+    table = pa.Table.from_arrays(columns, ["user_id", "item_id", "position", "user_id"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InteractionsError, match="user_id more than once"):
+        read_log(tmp_path / "a.parquet")
 
 
 def test_a_parquet_file_without_rows_is_refused(tmp_path):
