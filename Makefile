@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 CLICKS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench pins clean
+.PHONY: help setup demo test chaos check format bench pins clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ demo: $(READY)  ## real Kafka, real clicks, live recommendations; CLICKS=5000 en
 
 test: $(READY)  ## every test, the fast ones first; T=tests/lrurec/test_model.py runs one file
 	$(BIN)/python -m pytest $(if $(T),$(T),--numprocesses 2 --dist worksteal)
+
+chaos: $(READY)  ## 200 kills and other accidents, then the proof; half an hour. A="--seed 7" replays one
+	$(BIN)/python -m tests.chaos $(A)
 
 check: $(READY)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

@@ -33,4 +33,8 @@ settings.load_profile("no deadline")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The fast ones first: what starts processes or needs a broker comes last."""
-    items.sort(key=lambda item: "dev" in item.path.parts or "bootstrap" in getattr(item, "fixturenames", ()))
+
+    def needs_processes(item: pytest.Item) -> bool:
+        return bool({"dev", "chaos"} & {*item.path.parts}) or "bootstrap" in getattr(item, "fixturenames", ())
+
+    items.sort(key=needs_processes)

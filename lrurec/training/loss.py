@@ -17,10 +17,10 @@ from lrurec.training import loss_kernels
 from lrurec.training.presets import GradientPrecision
 
 SCORES_PER_TILE = 1 << 26
-"""Scores held at a time: 256 MiB in float32, 128 MiB in bfloat16. All of a beauty batch (700 labels) are 40M."""
+"""Scores held at a time: 256 MiB in float32, 128 MiB in bfloat16. A batch of beauty (700 labels) has 40M."""
 
 ROWS_PER_TILE = 2048
-"""At most: the scores of so many rows and of `loss_kernels.TILE_ITEMS` items fit a core's cache."""
+"""At most, however few the items."""
 
 _ROWS_STEP = 64
 

@@ -7,7 +7,7 @@ import numpy as np
 import scipy.linalg.cython_blas  # noqa: F401  (numba's np.dot calls it; loaded here so that its threads can be limited)
 from numba import njit
 
-#: Items of one product: 512 rows of 512 float32 scores (1 MB) stay in a core's second-level cache.
+#: Items of one product: so few that its scores stay in a cache until they are exponentiated.
 TILE_ITEMS = 512
 
 _int32, _float32 = np.int32, np.float32

@@ -130,10 +130,10 @@ PRESETS: dict[PresetName, TrainingSettings] = {
     "default": RECIPE,
     "published": TrainingSettings(),
     # Long histories of few items: nothing is rare enough to be smoothed, and little is learnt by heart.
-    "ml-1m": dataclasses.replace(RECIPE, max_len=200, dropout=0.2, learning_rate=3e-3, label_smoothing=0.0, epochs=36),
+    "ml-1m": dataclasses.replace(RECIPE, max_len=200, dropout=0.2, learning_rate=3e-3, label_smoothing=0.0, epochs=54),
     # 57,000 items don't fit 64 dimensions.
-    "beauty": dataclasses.replace(RECIPE, hidden_units=128, dropout=0.6, epochs=9),
-    "video": RECIPE,
+    "beauty": dataclasses.replace(RECIPE, hidden_units=128, dropout=0.6, learning_rate=3e-3, epochs=5),
+    "video": dataclasses.replace(RECIPE, epochs=8),
     # 217 items and sessions of 7 clicks: a small model, a high rate that falls to 0, and the whole is done in seconds.
     "eshop": TrainingSettings(
         hidden_units=32,
