@@ -18,12 +18,13 @@ from faust.exceptions import ConsistencyError
 from threadpoolctl import threadpool_limits
 
 from lrurec.errors import LRURecError
-from stream_app.app import Parts, build_parts, is_settled, lag_of
+from stream_app.app import Parts, build_parts, is_settled
 from stream_app.committed import verify_committed
 from stream_app.errors import StreamAppError, TopicsError, WorkerError
 from stream_app.header_names import read_any_header_name
 from stream_app.logs import configure_logging
 from stream_app.metrics import value
+from stream_app.progress import report_progress
 from stream_app.record_batches import RecordBatchConsumer
 from stream_app.settings import Settings, misspelt
 from stream_app.topic_watch import find_change, watch_topics
@@ -32,9 +33,6 @@ from stream_app.topics import FoundTopic, verify_topics
 log = structlog.get_logger(__name__)
 
 _Result = TypeVar("_Result")
-
-#: Seconds between progress lines.
-_PROGRESS_SECONDS = 10.0
 
 #: Seconds between looks at whether the topics are still the same.
 _TOPICS_SECONDS = 10.0
@@ -111,7 +109,7 @@ async def _unless_asked(stop: asyncio.Event, step: Coroutine[Any, Any, _Result])
 async def _work(parts: Parts, stop: asyncio.Event, topics: Mapping[str, FoundTopic], settings: Settings) -> None:
     """Run the pipeline and Faust until a signal, then drain. What can't go on ends the process here."""
     pipeline = asyncio.create_task(parts.pipeline.run(), name="pipeline")
-    progress = asyncio.create_task(_report_progress(parts), name="progress")
+    progress = asyncio.create_task(report_progress(parts), name="progress")
     starting = asyncio.create_task(parts.app.start(), name="start")  # ends when the states are restored
     stuck = asyncio.create_task(_until_stuck(parts, settings.broker_timeout_seconds + _STUCK_SECONDS), name="stuck")
     changed = asyncio.create_task(watch_topics(settings, topics, _TOPICS_SECONDS), name="topics")
@@ -243,28 +241,3 @@ async def _end_process(parts: Parts, error: Exception, leaving_seconds: float) -
     sys.stderr.write(f"Error: {' '.join((str(error) or repr(error)).split())}\n")
     sys.stderr.flush()
     os._exit(1)
-
-
-async def _report_progress(parts: Parts) -> None:
-    """Log when the worker becomes ready or ceases to be, and how far it came."""
-    was_ready, last, counted = False, time.monotonic(), 0.0
-    while True:
-        await asyncio.sleep(0.1)
-        ready = is_settled(parts.app)
-        if ready != was_ready:
-            assigned = sorted(tp.partition for tp in parts.app.consumer.assignment() if tp.topic == parts.clicks_topic)
-            log.info("ready" if ready else "rebalancing", partitions=assigned)
-            was_ready = ready
-        now, clicks = time.monotonic(), value(parts.metrics.applied)
-        if now - last >= _PROGRESS_SECONDS:
-            if clicks != counted:
-                log.info(
-                    "progress",
-                    clicks=int(clicks),
-                    clicks_per_second=round((clicks - counted) / (now - last)),
-                    skipped=int(value(parts.metrics.skipped)),
-                    lag=sum(lag_of(parts.app).values()),
-                    unknown_items=int(value(parts.metrics.unknown_items)),
-                    dead_letters=int(value(parts.metrics.dead_letters)),
-                )
-            last, counted = now, clicks

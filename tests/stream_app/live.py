@@ -99,6 +99,7 @@ class WorkerProcess:
     def __init__(self, site: Site, name: str = "worker", **settings: str) -> None:
         self.port = free_port()
         self.log = site.folder / f"{name}.log"
+        self._begin = self.log.stat().st_size if self.log.exists() else 0
         environment = site.environment(WEB_PORT=str(self.port), **settings)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -144,9 +145,15 @@ class WorkerProcess:
 
     def holds(self) -> list[int] | None:
         """The partitions that its last line about being ready names; None before the first."""
-        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
-        ready = [line["partitions"] for line in lines if line["event"] == "ready"]
-        return ready[-1] if ready else None
+        ready = self.events("ready")
+        return ready[-1]["partitions"] if ready else None
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The lines of its log with this name since it was started."""
+        with self.log.open("rb") as log:
+            log.seek(self._begin)
+            lines = [json.loads(line) for line in log.read().splitlines() if line.startswith(b"{")]
+        return [line for line in lines if line["event"] == name]
 
     def kill(self) -> None:
         self.process.kill()

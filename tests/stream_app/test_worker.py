@@ -136,6 +136,8 @@ async def test_kills_and_a_lost_disk_lose_and_double_nothing(site: Site, bundle:
     with WorkerProcess(site, STATE_DTYPE="float16") as worker:
         recommendations = await recommendations_for(site, len(clicks), 90)
         assert worker.terminate() == 0, worker.tail()
+        restored = worker.events("restored")
+    assert sum(line["records"] for line in restored) >= len(histories_of(clicks)) / 2
     assert len(recommendations) > len(clicks), "no kill fell between an output and its commit: the test tested nothing"
     assert_exact(recommendations, clicks, bundle, FLOAT16_TOLERANCE)
 
