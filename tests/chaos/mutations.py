@@ -21,8 +21,10 @@ def acknowledge_early() -> None:
     send_outputs = Pipeline._send_outputs
 
     async def mutated(self: Any) -> None:
-        for event in self._computed._queue[0].events if self._computed.qsize() else ():
+        batch = await self._computed.get()
+        for event in batch.events:
             event.ack()
+        self._computed._queue.appendleft(batch)
         await send_outputs(self)
 
     Pipeline._send_outputs = mutated  # type: ignore[method-assign]
