@@ -4,7 +4,8 @@
     python -m benchmarks.killed_training --kills 20 --seed 7
 
 Both run the same command. One of them gets SIGKILL at moments drawn at random, and is started again. Prints every kill
-and the versions of both bundles, which are hashes of their weights; exit code 1 if they differ.
+and the versions of both bundles, which are hashes of their weights; exit code 1 if they differ, or if no kill left a
+checkpoint to go on from.
 """
 
 from __future__ import annotations
@@ -47,10 +48,12 @@ def main() -> None:
         finish([*arguments, str(unbroken)])
         seconds = time.monotonic() - started
         print(f"unbroken: {seconds:.1f} s, version {load_bundle(unbroken).version}")
-        kill_and_finish([*arguments, str(broken)], broken, options.kills, seconds, random.Random(options.seed))  # noqa: S311 (a schedule, not a secret)
+        chance = random.Random(options.seed)  # noqa: S311 (a schedule, not a secret)
+        went_on = kill_and_finish([*arguments, str(broken)], broken, options.kills, seconds, chance)
         versions = [load_bundle(out).version for out in (unbroken, broken)]
-    print(f"killed {options.kills} times: version {versions[1]}, {'equal' if versions[0] == versions[1] else 'OTHER'}")
-    sys.exit(versions[0] != versions[1])
+    verdict = "equal" if versions[0] == versions[1] else "OTHER"
+    print(f"killed {options.kills} times, {went_on} with a checkpoint to go on from: version {versions[1]}, {verdict}")
+    sys.exit(versions[0] != versions[1] or not went_on)
 
 
 def finish(arguments: list[str]) -> None:
@@ -58,23 +61,27 @@ def finish(arguments: list[str]) -> None:
     subprocess.run([str(LRUREC), "train", *arguments], check=True, timeout=TRAINING_SECONDS, stdout=subprocess.DEVNULL)
 
 
-def kill_and_finish(arguments: list[str], out: Path, kills: int, seconds: float, chance: random.Random) -> None:
+def kill_and_finish(arguments: list[str], out: Path, kills: int, seconds: float, chance: random.Random) -> int:
     """Start the command, kill it after a while, and start it again, `kills` times; then let it finish.
+
+    Gives how many kills left a checkpoint.
 
     A while counts from the first step that is told, and is long enough on average for a checkpoint. Where the training
     ends before its kill came, it starts over.
     """
     mean = max(seconds / kills, 1.2 * CHECKPOINT_SECONDS)
-    killed = 0
+    killed = went_on = 0
     while killed < kills:
         if ended_before(delay := chance.uniform(0, 2 * mean), arguments):
             print(f"the training ended before kill {killed + 1}; it starts over")
             shutil.rmtree(out)
         else:
             killed += 1
-            kept = "a checkpoint was there" if checkpoint_of(out).exists() else "there was no checkpoint yet"
+            went_on += (there := checkpoint_of(out).exists())
+            kept = "a checkpoint was there" if there else "there was no checkpoint yet"
             print(f"kill {killed} after {delay:.2f} s: {kept}", flush=True)
     finish(arguments)
+    return went_on
 
 
 def ended_before(delay: float, arguments: list[str]) -> bool:

@@ -88,6 +88,8 @@ def require_writable_target(folder: Path) -> None:
 
     To be asked before a training, not after it.
     """
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise BundleError(f"{folder} is where this command runs, and a bundle is put there whole; name another folder")
     parent = next((path for path in folder.absolute().parents if os.path.lexists(path)), folder)  # the root has none
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise BundleError(f"{folder} cannot be written: {parent} is no folder that may be written to; name another")

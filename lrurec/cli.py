@@ -5,11 +5,12 @@ What a command works with is imported inside it: `lrurec --help` doesn't wait fo
 
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import click
 
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(str(error), _ERROR)
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
+    except MemoryError:
+        _fail("not enough memory; give a smaller log, or a machine with more", _ERROR)
     except OSError as error:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}", _ERROR)
     sys.exit(code if isinstance(code, int) else 0)
@@ -95,18 +98,44 @@ class _Timestamp(click.ParamType):
         return time
 
 
-_BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+class _Quantile(click.FloatRange):
+    """Between 0 and 1, neither of them; click's own range lets NaN through."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1, min_open=True, max_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is no number between 0 and 1", param, ctx)
+        return number
+
+
+class _Path(click.Path):
+    """A path that can be written down: the libraries that read and write files take no other."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = cast("Path", super().convert(value, param, ctx))
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            self.fail(f"{os.fsencode(path)!r} is not UTF-8; give the file another name", param, ctx)
+        return path
+
+
+_BUNDLE = click.argument("bundle", type=_Path())
 _INTERACTIONS = click.option(
     "--interactions",
-    type=click.Path(path_type=Path),
+    type=_Path(),
     required=True,
     metavar="FILE",
     help="A log: .csv, .csv.gz, .jsonl, .jsonl.gz or .parquet with the columns user_id, item_id, and timestamp, "
     "timestamp_ms or position.",
 )
-_OUT = click.option(
-    "--out", type=click.Path(path_type=Path), required=True, metavar="BUNDLE", help="The folder to write."
-)
+_OUT = click.option("--out", type=_Path(), required=True, metavar="BUNDLE", help="The folder to write.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
@@ -147,7 +176,7 @@ def _commands() -> None:
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
     "--report",
-    type=click.Path(path_type=Path),
+    type=_Path(),
     metavar="FILE",
     help="Draw what `lrurec report` draws, once trained: .html, .png or .svg.",
 )
@@ -182,9 +211,7 @@ def train(
 
 @_commands.command(epilog="lrurec report shop.bundle --out shop.html")
 @_BUNDLE
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The .html, .png or .svg to write."
-)
+@click.option("--out", type=_Path(), required=True, metavar="FILE", help="The .html, .png or .svg to write.")
 def report(bundle: Path, out: Path) -> None:
     """Draw how a bundle's training went and what its model remembers.
 
@@ -216,7 +243,7 @@ def report(bundle: Path, out: Path) -> None:
 )
 @click.option(
     "--cut-quantile",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=_Quantile(),
     metavar="Q",
     help="time-split: cut where this share of the log's clicks is over.  [default: 0.9]",
 )
@@ -293,11 +320,11 @@ def recommend(bundle: Path, items: str, k: int, include_seen: bool, as_json: boo
 
 
 @_commands.command(epilog="lrurec convert best_acc_model.pth --items items.txt --out shop.bundle")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=_Path())
 @_OUT
 @click.option(
     "--items",
-    type=click.Path(path_type=Path),
+    type=_Path(),
     metavar="FILE",
     help="One item id a line, for rows 1..N.  [default: the ids 1 to N]",
 )

@@ -8,6 +8,8 @@ from typing import Any
 
 from lrurec.errors import ConfigError
 
+_MOST = 2**31 - 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LRURecConfig:
@@ -34,9 +36,9 @@ class LRURecConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_items", "hidden_units", "num_blocks", "max_len"):
-            _require_count(name, getattr(self, name))
-        _require_number("dropout", self.dropout, below=1.0, zero_allowed=True)
-        _require_number("layer_norm_eps", self.layer_norm_eps, below=1.0, zero_allowed=False)
+            require_count(name, getattr(self, name))
+        require_number("dropout", self.dropout, below=1.0, zero_allowed=True)
+        require_number("layer_norm_eps", self.layer_norm_eps, below=1.0, zero_allowed=False)
 
     @property
     def state_channels(self) -> int:
@@ -57,12 +59,14 @@ class LRURecConfig:
         return cls(**value)
 
 
-def _require_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+def require_count(name: str, value: object, least: int = 1) -> None:
+    """Raise `ConfigError` unless this is a whole number from `least` to 2³¹ - 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least} and at most {_MOST:,}")
 
 
-def _require_number(name: str, value: object, *, below: float, zero_allowed: bool) -> None:
+def require_number(name: str, value: object, *, below: float, zero_allowed: bool) -> None:
+    """Raise `ConfigError` unless this is a number above 0, or 0 where that is allowed, and below a limit."""
     number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     # NaN is neither above nor below anything.
     if not (0 < number < below or (number == 0 and zero_allowed)):

@@ -7,10 +7,12 @@ batches in flight, measured at less than 400 MB, also of a Parquet file that is 
 import gzip
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, cast
+from types import NoneType
+from typing import Any, BinaryIO, cast
 
+import orjson
 import polars as pl
 import pyarrow as pa
 from pyarrow import parquet
@@ -35,8 +37,10 @@ MAX_LINE_BYTES = 1 << 24
 _GZIP = b"\x1f\x8b"
 """How every gzip file begins."""
 
-_BEYOND_64_BITS = 2.0**63
-"""The least number that a signed 64-bit integer does not hold."""
+_BEYOND_FLOATS = 2.0**53
+"""From here on a 64-bit float does not tell whole numbers from their neighbours."""
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _SHOWN_CHARACTERS = 60
 _SHOWN_COLUMNS = 20
@@ -57,9 +61,18 @@ def read_batches(path: Path) -> Iterator[pl.DataFrame]:
     """
     order: list[str] = []
     rows = 0
+    with_fractions, beyond_floats = set[str](), set[str]()
     for batch in filter(len, _raw_batches(path)):
         order = order or [name for name in ORDER_COLUMNS if name in batch.columns]
-        yield _checked(batch, order, path, rows)
+        checked = _checked(batch, order, path, rows)
+        with_fractions |= {name for name in order if checked[name].dtype == pl.Float64}
+        beyond_floats |= {name for name in order if _largest(checked[name]) > _BEYOND_FLOATS}
+        for name in sorted(with_fractions & beyond_floats):
+            raise InteractionsError(
+                f"{path}: {name} has numbers with a fraction, and others beyond 2^53, which would lose their order "
+                "beside them; give whole numbers, or a larger unit"
+            )
+        yield checked
         rows += len(batch)
     if not rows:
         raise InteractionsError(f"{path} has no rows; it must hold a log of clicks")
@@ -73,12 +86,19 @@ def refuse_values(column: pl.Series, bad: pl.Series, path: Path, allowed: str, *
         _refuse_rows(bad, path, f"{column.name} is {given[:_SHOWN_CHARACTERS]}; {allowed}", rows_before)
 
 
+def _largest(numbers: pl.Series) -> float:
+    ends = numbers.min(), numbers.max()
+    return max(abs(float(cast("int | float", end))) for end in ends)
+
+
 def _raw_batches(path: Path) -> Iterator[pl.DataFrame]:
     """The columns of a log that we know, as they lie in the file; a needed one may be missing after the first batch."""
     name = path.name.lower()
     ending = next((known for known in _READERS if name.removesuffix(".gz").endswith(known)), None)
     if ending is None or (name.endswith(".gz") and ending == ".parquet"):
         raise InteractionsError(f"{path}: unknown kind of file; allowed are .csv, .csv.gz, .jsonl, .jsonl.gz, .parquet")
+    if path.exists() and not path.is_file():
+        raise InteractionsError(f"{path} is not a file; it must be one, as it is read more than once")
     with _faults_in_one_line(path):
         _require_content(path, is_gzip=name.endswith(".gz"))
         yield from _READERS[ending](path)
@@ -118,12 +138,20 @@ def _parquet_batches(path: Path) -> Iterator[pl.DataFrame]:
     with parquet.ParquetFile(path, pre_buffer=False) as file:
         known = _require_columns(file.schema_arrow.names, path)
         for name in known:
-            if pa.types.is_nested(kind := file.schema_arrow.field(name).type) or pa.types.is_temporal(kind):
+            kind = file.schema_arrow.field(name).type
+            if not any(is_kind(kind) for is_kind in _PARQUET_KINDS):
                 raise InteractionsError(f"{path}: column {name} is {kind}; it must be text or numbers")
         for batch in file.iter_batches(BATCH_ROWS, columns=known):
             batch.validate(full=True)
             # Column by column, without the schema's own metadata: damaged, those make polars panic.
             yield pl.DataFrame([pl.Series(name, batch.column(name)) for name in known])
+
+
+_PARQUET_KINDS = (
+    pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_dictionary, pa.types.is_integer,
+    pa.types.is_floating, pa.types.is_decimal128, pa.types.is_boolean, pa.types.is_null,
+)  # fmt: skip
+"""Those that polars takes over; what they hold is checked with all others."""
 
 
 def _streamed(scan: pl.LazyFrame, path: Path) -> Iterator[pl.DataFrame]:
@@ -134,13 +162,57 @@ def _streamed(scan: pl.LazyFrame, path: Path) -> Iterator[pl.DataFrame]:
 def _json_batches(path: Path) -> Iterator[pl.DataFrame]:
     """Each block has types of its own: a file whose ids are numbers here and text there is read all the same."""
     with cast("BinaryIO", gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb") as file:
-        known: list[str] = []
+        rows = 0
         for block in _blocks_of_lines(file, path):
-            scan = pl.scan_ndjson(block, infer_schema_length=None)
-            names = scan.collect_schema().names()
-            known = known or _require_columns(names, path)
-            found = [name for name in (*ID_COLUMNS, *ORDER_COLUMNS) if name in names]
-            yield scan.select(found).collect()
+            lines = [line for line in block.removeprefix(_BYTE_ORDER_MARK).splitlines() if not line.isspace() and line]
+            clicks = [_json_click(line, path, rows + number) for number, line in enumerate(lines, start=1)]
+            if not rows:
+                _require_columns(sorted({name for click in clicks for name in click}), path)
+            columns = {name: [click.get(name) for click in clicks] for name in (*ID_COLUMNS, *ORDER_COLUMNS)}
+            yield pl.DataFrame(
+                [
+                    pl.Series(name, [None if value is None else str(value) for value in columns[name]], pl.String)
+                    for name in ID_COLUMNS
+                ]
+                + [
+                    _json_numbers(name, columns[name])
+                    for name in ORDER_COLUMNS
+                    if any(name in click for click in clicks)
+                ]
+            )
+            rows += len(lines)
+
+
+def _json_click(line: bytes, path: Path, row: int) -> dict[str, Any]:
+    """A line's object, its ids text or whole numbers, what it is ordered by numbers or text."""
+    try:
+        click = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise InteractionsError(f"{path}: data row {row} is not JSON ({error})") from error
+    if type(click) is not dict:
+        raise InteractionsError(f"{path}: data row {row} is no JSON object; it must be one click")
+    for names, kinds, allowed in _JSON_KINDS:
+        for name in names:
+            if type(value := click.get(name)) not in kinds:
+                given = repr(value)[:_SHOWN_CHARACTERS]
+                raise InteractionsError(f"{path}: in data row {row} {name} is {given}; {allowed}")
+    return cast("dict[str, Any]", click)
+
+
+_JSON_KINDS = (
+    (ID_COLUMNS, {str, int, NoneType}, "ids must be text or whole numbers"),
+    (ORDER_COLUMNS, {str, int, float, NoneType}, "it must be a number"),
+)
+
+
+def _json_numbers(name: str, values: list[Any]) -> pl.Series:
+    kinds = {type(value) for value in values}
+    if str in kinds:
+        return pl.Series(name, [None if value is None else str(value) for value in values], pl.String)
+    if float not in kinds:
+        with suppress(OverflowError):
+            return pl.Series(name, values, pl.Int64)
+    return pl.Series(name, [None if value is None else float(value) for value in values], pl.Float64)
 
 
 def _blocks_of_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
@@ -216,8 +288,8 @@ def _numbers(column: pl.Series, path: Path, rows_before: int) -> pl.Series:
         numbers, good = whole, whole.is_not_null()
     else:
         numbers = column.cast(pl.Float64, strict=False)
-        good = (numbers.abs() < _BEYOND_64_BITS).fill_null(value=False)  # polars holds NaN for the greatest number
-    allowed = "it must be a number that fits 64 bits: it orders the clicks of a user"
+        good = (numbers.abs() < _BEYOND_FLOATS).fill_null(value=False)  # polars holds NaN for the greatest number
+    allowed = "it orders the clicks of a user, and must be a number that fits 64 bits, or 53 where some have a fraction"
     refuse_values(column, ~good, path, allowed, rows_before=rows_before)
     return numbers
 

@@ -8,6 +8,7 @@ import html
 import io
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -59,6 +60,8 @@ def _require_file(path: Path) -> None:
         raise ReportError(f"{path} ends in {path.suffix!r}; a report can be {', '.join(_WRITERS)}")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ReportError(f"{path} cannot be written: it must be a file in a folder that is there; name another")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ReportError(f"{path} cannot be written: permission denied; name another file")
     if find_spec("matplotlib") is None:
         raise ReportError("a report needs matplotlib, which is not installed; pip install 'stream-app[report]'")
 
@@ -107,7 +110,8 @@ def _curve(bundle: Bundle) -> Sequence[Mapping[str, Any]]:
         numbers = [
             [p["step"], p["loss"], p["learning_rate"], *(p["validation"][name] for name in METRICS)] for p in curve
         ]
-        sound = 0 <= best_step < _BEYOND_PLOTS and bool((np.abs(np.array(numbers)) < _BEYOND_PLOTS).all())
+        values = np.array(numbers)
+        sound = 0 <= best_step < _BEYOND_PLOTS and bool((np.abs(values) < _BEYOND_PLOTS).all()) and values.ndim < 3
     except (KeyError, TypeError, ValueError, OverflowError):
         sound = False
     if not sound:
@@ -270,7 +274,7 @@ def _html(bundle: Bundle, name: str) -> bytes:
         picture=picture[picture.index("<svg") :],  # without the XML declaration, which HTML has no place for
         metadata=html.escape(json.dumps(bundle.metadata, indent=2, ensure_ascii=False)),
     )
-    return page.encode()
+    return page.encode(errors="replace")  # metadata may be anybody's, with halves of characters
 
 
 def _facts(bundle: Bundle) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ def write_checkpoint(path: Path, progress: Progress, tensors: Mapping[str, Tenso
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()  # a full disk has better uses for half a checkpoint
         raise TrainingError(f"{path} cannot be written: {error.strerror}; name another --out") from error
 
 
@@ -89,7 +92,8 @@ def read_checkpoint(path: Path, run: str, expected: Mapping[str, Tensor]) -> tup
         raise TrainingError(f"{path} cannot be read as a checkpoint; delete it to start the training over") from error
     if progress.run != run:
         raise TrainingError(
-            f"{path} is of a training with other data or arguments; give the same ones to go on, or delete it"
+            f"{path} is of a training with other data, arguments, threads, device or versions; give the same to go on, "
+            "or delete it"
         )
     if any(tensors[name].shape != value.shape for name, value in expected.items()):
         raise TrainingError(f"{path} is of a model of other sizes; delete it to start the training over")

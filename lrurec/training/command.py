@@ -82,16 +82,28 @@ def _trained_before(out: Path, identity: str) -> Bundle | None:
         bundle = load_bundle(out)
     except BundleError:
         return None  # it is about to be replaced
-    return bundle if bundle.metadata.get("run") == identity and "metrics" in bundle.metadata else None
+    return bundle if bundle.metadata.get("run") == identity and _metrics_of(bundle) else None
+
+
+def _metrics_of(bundle: Bundle) -> str | None:
+    """What its metadata say of how good it is; None where they hold no such thing, as anybody may have edited them."""
+    match bundle.metadata:
+        case {
+            "metrics": {
+                "test": {"recall@10": float(recall), "ndcg@10": float(ndcg)},
+                "validation": {"recall@10": float(validation)},
+            },
+            "best_step": int(step),
+        }:
+            return (
+                f"test recall@10 {recall:.4f}, ndcg@10 {ndcg:.4f}, "
+                f"validation recall@10 {validation:.4f} at step {step:,}"
+            )
+    return None
 
 
 def _summary(out: Path, bundle: Bundle) -> str:
-    metrics = bundle.metadata["metrics"]
-    return (
-        f"{out}: version {bundle.version}, test recall@10 {metrics['test']['recall@10']:.4f}, "
-        f"ndcg@10 {metrics['test']['ndcg@10']:.4f}, "
-        f"validation recall@10 {metrics['validation']['recall@10']:.4f} at step {bundle.metadata['best_step']:,}"
-    )
+    return f"{out}: version {bundle.version}, {_metrics_of(bundle)}"
 
 
 @contextmanager

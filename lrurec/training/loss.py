@@ -183,7 +183,8 @@ class _CompiledScores(_Scores):
             products[part] = values[part] @ self._factors[part]
 
         in_threads(fill, len(self._ranges))
-        totals = torch.from_numpy(sums.sum(0))
+        with np.errstate(over="ignore"):
+            totals = torch.from_numpy(sums.sum(0))
         if not bool((totals < _LARGEST_TOTAL).all()):  # NaN is not below it either
             # Some score stands far above its label's: only now is the greatest score of every row worth its search.
             exact = super().exponentials(encodings, own)

@@ -1,14 +1,12 @@
 """How to train: the paper's recipe, and what is known to work better on each of its data sets."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from lrurec.config import LRURecConfig
-from lrurec.errors import TrainingError
-
-MAX_SEEDS = 1 << 31
-"""A step draws from seed * 2³² + step, which must fit in 64 bits."""
+from lrurec.config import LRURecConfig, require_count, require_number
+from lrurec.errors import ConfigError, TrainingError
 
 GradientPrecision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 """Of the probabilities, encodings and weights that the gradient's two products multiply.
@@ -16,6 +14,8 @@ GradientPrecision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 The loss is float32 either way. bfloat16 rounds every factor to 8 significant bits, and sums their products in float32:
 two to three times as fast on a CPU that multiplies bfloat16. `auto` is bfloat16 on such a CPU, float32 elsewhere.
 """
+
+Schedule: TypeAlias = Literal["constant", "linear"]
 
 PresetName: TypeAlias = Literal["default", "published", "ml-1m", "beauty", "video", "eshop"]
 
@@ -44,7 +44,7 @@ class TrainingSettings:
     """Steps that `epochs` may not fall below: a small log is passed over more often."""
 
     learning_rate: float = 1e-3
-    schedule: Literal["constant", "linear"] = "constant"
+    schedule: Schedule = "constant"
     """`linear` falls from the learning rate to 0 at the last step: as good in a fraction of the steps."""
 
     warmup_steps: int = 0
@@ -72,19 +72,35 @@ class TrainingSettings:
     """Validations without a better Recall@10 before training ends."""
 
     seed: int = 42
+    """Below 2³¹: a step draws from seed * 2³² + step, which must fit in 64 bits."""
+
     threads: int | None = None
     """Of torch, on the CPU; None leaves torch's choice. Small models are faster by one than by two that wait."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_steps", "min_steps", "validate_every", "patience"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.epochs is not None and self.epochs < 1:
-            raise TrainingError(f"epochs is {self.epochs}; it must be at least 1, or None")
-        if not 0 <= self.seed < MAX_SEEDS:
-            raise TrainingError(f"seed is {self.seed}; it must be at least 0 and below {MAX_SEEDS}")
-        if not 0 <= self.average_decay < 1:
-            raise TrainingError(f"average_decay is {self.average_decay}; it must be at least 0 and below 1")
+        try:
+            for name in ("hidden_units", "num_blocks", "max_len", "batch_size", "max_steps", "min_steps"):
+                require_count(name, getattr(self, name))
+            for name in ("validate_every", "patience"):
+                require_count(name, getattr(self, name))
+            for name in ("epochs", "threads"):
+                if getattr(self, name) is not None:
+                    require_count(name, getattr(self, name))
+            for name in ("warmup_steps", "seed"):
+                require_count(name, getattr(self, name), least=0)
+            for name in ("dropout", "label_smoothing", "average_decay"):
+                require_number(name, getattr(self, name), below=1, zero_allowed=True)
+            for name in ("learning_rate", "clip_norm"):
+                require_number(name, getattr(self, name), below=math.inf, zero_allowed=False)
+            require_number("weight_decay", self.weight_decay, below=math.inf, zero_allowed=True)
+        except ConfigError as error:
+            raise TrainingError(str(error)) from None
+        for name, allowed in (("schedule", Schedule), ("gradient_precision", GradientPrecision)):
+            if getattr(self, name) not in get_args(allowed):
+                raise TrainingError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(get_args(allowed))}")
+        for name in ("bias_from_frequency", "embeddings_from_cooccurrence"):
+            if not isinstance(getattr(self, name), bool):
+                raise TrainingError(f"{name} is {getattr(self, name)!r}; it must be true or false")
 
     def architecture(self, num_items: int) -> LRURecConfig:
         return LRURecConfig(

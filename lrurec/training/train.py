@@ -110,9 +110,9 @@ def resolve(settings: TrainingSettings) -> TrainingSettings:
 def run_id(interactions: Interactions, settings: TrainingSettings, catalogue: Catalogue, device: str) -> str:
     """16 hexadecimal digits over all that decides the trained weights: a checkpoint fits a run of the same id.
 
-    Data, settings as resolved, catalogue, kind of device and version of this package.
+    Data, settings as resolved, catalogue, kind of device and versions of what computes.
     """
-    how = [resolve(settings).to_json(), _device(device).type, _versions()["lrurec"]]
+    how = [resolve(settings).to_json(), _device(device).type, _versions()]
     digest = hashlib.sha256(interactions.fingerprint.encode())
     digest.update(json.dumps(how, sort_keys=True).encode())
     digest.update(catalogue.to_text().encode())

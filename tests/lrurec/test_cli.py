@@ -188,6 +188,15 @@ class TestTrain:
         assert lrurec(*command, 6)[0] == 0
         assert load_bundle(tmp_path / "b").metadata["steps"] == 6
 
+    def test_a_bundle_whose_metadata_were_edited_is_trained_again(self, lrurec, log, tmp_path):
+        command = ("train", "--interactions", log, "--out", tmp_path / "b", "--max-steps", 5)
+        last = lrurec(*command)[1].splitlines()[-1]
+        config = json.loads((tmp_path / "b" / "config.json").read_text())
+        del config["metadata"]["metrics"]["test"]
+        (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+        code, out, _ = lrurec(*command)
+        assert (code, out.splitlines()[-1]) == (0, last)
+
     def test_records_its_arguments(self, lrurec, log, tmp_path):
         lrurec("train", "--interactions", log, "--out", tmp_path / "b", "--max-steps", 1, "--device", "cpu")
         expected = {"interactions": "log.csv", "preset": "default", "device": "cpu"}
@@ -267,12 +276,20 @@ ERRORS = {
     ),
     "a cut at no number": (["evaluate", "b", "--interactions", "log.csv", "--cut", "nan"], 2),
     "a share above one": (["evaluate", "b", "--interactions", "log.csv", "--cut-quantile", "1"], 2),
+    "a share that is no number": (
+        "evaluate b --interactions log.csv --protocol time-split --cut-quantile nan".split(),  # noqa: SIM905
+        2,
+    ),
+    "a log whose name is no text": (["evaluate", "b", "--interactions", "n\udcffn.csv"], 2),
+    "a bundle whose name is no text": (["report", "q\udcff.bundle", "--out", "r.html"], 2),
     "an unknown protocol": (["evaluate", "b", "--interactions", "log.csv", "--protocol", "loo"], 2),
     "an end in a log of positions": (["train", "--interactions", "log.csv", "--out", "x", "--until", "5"], 1),
     "no such checkpoint": (["convert", "nothing.pth", "--out", "x"], 1),
     "a log for a bundle": (["recommend", "log.csv"], 1),
     "a target that is a file": (["train", "--interactions", "log.csv", "--out", "log.csv"], 1),
     "a target below a file": (["train", "--interactions", "log.csv", "--out", "log.csv/b", "--max-steps", "1"], 1),
+    "a target where the command runs": (["train", "--interactions", "log.csv", "--out", "."], 1),
+    "a target above where the command runs": (["convert", "log.csv", "--out", "b/../.."], 1),
     "an unknown preset": (["train", "--interactions", "log.csv", "--out", "x", "--preset", "ebay"], 2),
     "no steps": (["train", "--interactions", "log.csv", "--out", "x", "--max-steps", "0"], 2),
     "a missing option": (["train"], 2),

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import tracemalloc
 
 import polars as pl
@@ -80,7 +81,11 @@ LATE_FAULTS = {
     "a column that ends": ([{"user_id": "u", "item_id": "a"}], "row 21 position is empty"),
     "a column that begins": ([click(timestamp=1)], "row 21 timestamp is given, .* all or none"),
     "ids that become fractions": ([click(item_id=1.5)], "ids must be text or whole numbers"),
-    "no JSON": ([], "is the file whole"),
+    "no JSON": ([], "data row 21 is not JSON"),
+    "a list for an id": ([click(user_id=["u"])], "row 21 user_id is .* text or whole numbers"),
+    "an object for an id": ([click(item_id={"a": 1})], "row 21 item_id is .* text or whole numbers"),
+    "a truth for an id": ([click(item_id=True)], "row 21 item_id is True; ids must be text or whole numbers"),
+    "half a character": ([click(user_id="\ud800")], "data row 21 is not JSON"),
 }
 
 
@@ -93,6 +98,42 @@ def test_what_goes_wrong_late_in_json_lines_is_one_line(tmp_path, small_pieces, 
     with pytest.raises(InteractionsError, match=message) as refused:
         read_log(path)
     assert "\n" not in str(refused.value)
+
+
+def test_ids_of_several_kinds_in_json_are_the_same_text(tmp_path):
+    rows = [click(user_id=7, position="3"), click(user_id="7", position=2), click(user_id="u", position=1)]
+    assert read_log(json_lines(tmp_path / "a.jsonl", rows)).rows() == [("7", "a", 3), ("7", "a", 2), ("u", "a", 1)]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_json(tmp_path):
+    path = json_lines(tmp_path / "a.jsonl", [click()])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(read_log(path)) == 1
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.csv")
+    with pytest.raises(InteractionsError, match="is not a file"):
+        read_log(tmp_path / "a.csv")
+
+
+NANOSECONDS = 1_700_000_000_000_000_000
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+@pytest.mark.parametrize("rows_between", [0, 9])
+@pytest.mark.parametrize("fraction_first", [False, True])
+def test_numbers_that_would_lose_their_order_beside_a_fraction_are_refused(
+    tmp_path, name, rows_between, fraction_first
+):
+    positions = [NANOSECONDS + 1, *[5] * rows_between, 1.5]
+    rows = [click(position=position) for position in (reversed(positions) if fraction_first else positions)]
+    path = json_lines(tmp_path / name, rows)
+    if name == "a.csv":
+        pl.DataFrame({key: [str(row[key]) for row in rows] for key in click()}).write_csv(path)
+    with pytest.raises(InteractionsError, match=r"fraction"):
+        read_log(path)
 
 
 def test_empty_lines_at_the_end_are_no_clicks(tmp_path, small_pieces):
@@ -118,7 +159,7 @@ def test_a_file_of_one_endless_line_is_refused_before_it_is_in_memory(tmp_path, 
 def test_a_folder_is_no_log_whatever_is_in_it(tmp_path):
     (tmp_path / "logs.csv").mkdir()
     (tmp_path / "logs.csv" / "a.csv").write_text("user_id,item_id,position\nu,a,1\n")
-    with pytest.raises(InteractionsError, match=r"logs\.csv cannot be read: Is a directory"):
+    with pytest.raises(InteractionsError, match=r"logs\.csv is not a file"):
         read_log(tmp_path / "logs.csv")
 
 
@@ -170,6 +211,13 @@ def test_a_parquet_column_of_times_is_refused_by_its_name(tmp_path):
     log = pl.DataFrame([click()]).with_columns(position=pl.lit("2024-01-01").str.to_datetime())
     log.write_parquet(tmp_path / "a.parquet")
     with pytest.raises(InteractionsError, match="column position is timestamp"):
+        read_log(tmp_path / "a.parquet")
+
+
+def test_a_parquet_column_of_a_kind_that_nobody_orders_by_is_refused(tmp_path):
+    columns = [pa.array(["u"]), pa.array(["a"]), pa.array([1], pa.decimal256(40))]
+    parquet.write_table(pa.Table.from_arrays(columns, list(click())), tmp_path / "a.parquet")
+    with pytest.raises(InteractionsError, match="column position is decimal256"):
         read_log(tmp_path / "a.parquet")
 
 

@@ -87,6 +87,7 @@ def test_fresh_weights_are_drawn_as_published():
         ("num_items", 0),
         ("num_items", True),
         ("hidden_units", 1.5),
+        ("max_len", 2**70),
         ("dropout", 1),
         ("dropout", float("nan")),
         ("layer_norm_eps", 0),

@@ -116,6 +116,9 @@ FOREIGN = {
     "no metrics": [{"step": 1, "loss": 1.0, "learning_rate": 0.1, "validation": {}}],
     "text": [CURVE[0] | {"loss": "low"}],
     "numbers as text": [CURVE[0] | {"loss": "4.5"}],
+    "lists of numbers": [
+        {"step": [1], "loss": [1], "learning_rate": [1], "validation": {name: [1] for name in report.METRICS}}
+    ],
     "NaN": [CURVE[0] | {"loss": float("nan")}],
 }
 
@@ -125,6 +128,11 @@ def test_a_curve_of_another_program_is_refused_in_one_line(small_bundle, tmp_pat
     with pytest.raises(ReportError, match="none of ours"):
         write_report(tmp_path / "r.html", with_metadata(small_bundle, curve=curve, best_step=1), "shop")
     assert not (tmp_path / "r.html").exists()
+
+
+def test_half_a_character_in_the_metadata_does_not_keep_a_report_from_being_drawn(small_bundle, tmp_path):
+    write_report(tmp_path / "r.html", with_metadata(small_bundle, versions={"torch\ud800": "\ud800"}), "shop")
+    assert "torch?" in (tmp_path / "r.html").read_text()
 
 
 def test_a_curve_without_a_best_step_is_drawn_unmarked(small_bundle):

@@ -21,6 +21,7 @@ from lrurec.evaluation import evaluate
 from lrurec.interactions import Histories, Interactions, read_interactions
 from lrurec.threads import limited_threads
 from lrurec.training import command as train_command
+from lrurec.training import only_one
 from lrurec.training import train as training
 from lrurec.training.checkpoint import checkpoint_of
 from lrurec.training.only_one import only_training_of
@@ -263,7 +264,7 @@ def test_a_checkpoint_of_another_training_is_refused_and_kept(tmp_path):
     train(cyclic_log(), SETTINGS, checkpoint=checkpoint)
     content = checkpoint.read_bytes()
     for log, settings in [(cyclic_log(seed=1), SETTINGS), (cyclic_log(), dataclasses.replace(SETTINGS, seed=9))]:
-        with pytest.raises(TrainingError, match="other data or arguments"):
+        with pytest.raises(TrainingError, match="other data, arguments, threads"):
             train(log, settings, checkpoint=checkpoint)
     assert checkpoint.read_bytes() == content
 
@@ -317,7 +318,14 @@ def test_a_preset_describes_a_model(settings):
     assert 0 < settings.rate_at(steps - 1, steps) <= settings.learning_rate
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 0}, {"max_steps": -1}, {"average_decay": 1.0}, {"seed": -1}])
+IMPOSSIBLE = {
+    "batch_size": 1.5, "max_steps": -1, "max_len": 2**40, "epochs": 0, "threads": -1, "seed": -1, "warmup_steps": -5,
+    "average_decay": 1.0, "label_smoothing": float("nan"), "dropout": 1, "learning_rate": float("nan"), "clip_norm": -1,
+    "weight_decay": float("inf"), "schedule": "liner", "gradient_precision": "x", "bias_from_frequency": "yes",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [{name: value} for name, value in IMPOSSIBLE.items()], ids=IMPOSSIBLE)
 def test_settings_out_of_range_are_refused_by_name(change):
     with pytest.raises(TrainingError, match=next(iter(change))):
         dataclasses.replace(SETTINGS, **change)
@@ -425,6 +433,26 @@ def test_a_finished_training_leaves_another_ones_checkpoint(tmp_path, log_file, 
 def interrupt(report):
     if report.step >= 10:
         raise Interrupted
+
+
+def test_a_lock_file_that_its_holder_removes_while_we_wait_for_it_locks_nothing(tmp_path, monkeypatch):
+    lock, removed = only_one._lock, []
+
+    def lock_as_the_holder_ends(file, folder):
+        lock(file, folder)
+        if not removed:
+            removed.append((tmp_path / "shop.bundle.lock").unlink())
+
+    monkeypatch.setattr(only_one, "_lock", lock_as_the_holder_ends)
+    out = tmp_path / "shop.bundle"
+    with only_training_of(out), pytest.raises(TrainingError, match="another training"), only_training_of(out):
+        pass
+    assert removed
+
+
+def test_a_full_pipe_is_not_taken_for_another_training(tmp_path):
+    with pytest.raises(BlockingIOError), only_training_of(tmp_path / "shop.bundle"):
+        raise BlockingIOError
 
 
 def test_two_trainings_of_one_bundle_are_one_too_many(tmp_path, log_file, monkeypatch):
