@@ -123,6 +123,20 @@ class Worker:
             await asyncio.sleep(0.1)
         return False
 
+    async def wait_frozen(self) -> bool:
+        """Whether it stops, by a signal, before it ends."""
+        deadline = time.monotonic() + _READY_SECONDS
+        while self.exit_code is None:
+            ps = await asyncio.create_subprocess_exec(
+                "ps", "-o", "stat=", "-p", str(self._process.pid), stdout=asyncio.subprocess.PIPE
+            )
+            if (await ps.communicate())[0].startswith(b"T"):
+                return True
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(0.1)
+        return False
+
     def said(self) -> str:
         with self._log.open("rb") as file:
             file.seek(self._begin)
@@ -267,8 +281,8 @@ class Harness:
                     await self._kill(slot, action)
                 case Leave(away_seconds):
                     await self._leave(slot, away_seconds)
-                case Freeze(seconds):
-                    await self._freeze(slot, seconds)
+                case Freeze():
+                    await self._freeze(slot, action)
                 case RestartBroker():
                     await self._restart_broker()
 
@@ -306,7 +320,7 @@ class Harness:
                 self.counts.kills_elsewhere += 1
             return code in {None, -signal.SIGKILL}
 
-        await self._attempts(slot, until_killed, POINT=action.point, COUNT=str(action.count))
+        await self._attempts(slot, until_killed, **_armed(action, signal.SIGKILL))
 
     def _spoil(self, slot: int, disk: Disk) -> None:
         """Lose the folder of states, cut the end off one of its files, or change bytes in one."""
@@ -339,19 +353,17 @@ class Harness:
         self.counts.leaves += 1
         await asyncio.sleep(away_seconds)
 
-    async def _freeze(self, slot: int, seconds: float) -> None:
+    async def _freeze(self, slot: int, action: Freeze) -> None:
         async def until_awake(worker: Worker) -> bool:
-            if not await worker.wait_ready():
+            if not await worker.wait_frozen():
                 return False
-            await asyncio.sleep(self._random.uniform(0, 1))
-            worker.send(signal.SIGSTOP)
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(action.seconds)
             worker.send(signal.SIGCONT)
             if await worker.wait(_END_SECONDS / 3) is None:  # it notices, or goes on as a member that joined again
                 await worker.kill()
             return True
 
-        await self._attempts(slot, until_awake)
+        await self._attempts(slot, until_awake, **_armed(action, signal.SIGSTOP))
         self.counts.zombies += 1
 
     async def _restart_broker(self) -> None:
@@ -400,6 +412,10 @@ class Harness:
             f" {counts.all_kills} kills, {counts.disks.total()} disks, {counts.leaves} left and joined again,"
             f" {counts.zombies} zombies, {counts.broker_restarts} broker restarts"
         )
+
+
+def _armed(action: Kill | Freeze, number: signal.Signals) -> dict[str, str]:
+    return {"POINT": action.point, "COUNT": str(action.count), "SIGNAL": str(int(number))}
 
 
 async def _cancelled(task: asyncio.Task[Any]) -> None:

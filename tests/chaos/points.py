@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -39,6 +38,9 @@ POINTS = (
     "drained",
 )
 
+FREEZING = ("recommendations acknowledged", "changelog unsent", "changelog sent", "changelog acknowledged")
+"""Where a worker that wakes up too late does the most harm: it goes on to write states that others have overtaken."""
+
 RESTORING = ("states unrestored", "states restored")
 """Passed only by a worker that has lost its disk."""
 
@@ -53,8 +55,8 @@ def most_passes(point: str) -> int:
     return 1 if point in _STARTING else 2 if point.startswith("offsets") else 20
 
 
-def kill_at(point: str, count: int) -> None:
-    """Make this process SIGKILL itself when it passes the point for the count-th time.
+def signal_at(point: str, count: int, number: int) -> None:
+    """Make this process send itself SIGKILL or SIGSTOP when it passes the point for the count-th time.
 
     Raises:
         KeyError: there is no such point.
@@ -66,7 +68,7 @@ def kill_at(point: str, count: int) -> None:
     def passes(name: str) -> None:
         left[name] -= 1
         if name == point and left[name] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     send = Publisher.send
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from tests.chaos.points import POINTS, RESTORING, most_passes
+from tests.chaos.points import FREEZING, POINTS, RESTORING, most_passes
 
 Disk: TypeAlias = Literal["kept", "lost", "cut", "flipped"]
 
@@ -31,8 +31,10 @@ class Leave:
 
 @dataclass(frozen=True)
 class Freeze:
-    """SIGSTOP for longer than a session, so that others take over; then it wakes up in the middle of its work."""
+    """SIGSTOP at a point for longer than a session, so that others take over; then it wakes up and goes on."""
 
+    point: str
+    count: int
     seconds: float
 
 
@@ -61,7 +63,8 @@ def draw(seed: int, amounts: Amounts, *, session_seconds: float) -> list[Action]
     rng = random.Random(seed)
     actions: list[Action] = list(_kills(rng, amounts))
     actions += [Leave(rng.uniform(0, 2)) for _ in range(amounts.leaves)]
-    actions += [Freeze(session_seconds + rng.uniform(1, 3)) for _ in range(amounts.zombies)]
+    for point in itertools.islice(itertools.cycle(FREEZING), amounts.zombies):
+        actions.append(Freeze(point, rng.randint(1, most_passes(point)), session_seconds + rng.uniform(3, 6)))
     rng.shuffle(actions)
     apart = len(actions) / (amounts.broker_restarts + 1)
     for number in range(amounts.broker_restarts, 0, -1):

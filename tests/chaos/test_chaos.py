@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.chaos.harness import SESSION_SECONDS, Harness
-from tests.chaos.points import POINTS, RESTORING, kill_at
+from tests.chaos.points import POINTS, RESTORING, signal_at
 from tests.chaos.schedule import Action, Amounts, Freeze, Kill, Leave, RestartBroker, draw
 
 AMOUNTS = st.builds(
@@ -48,7 +49,7 @@ def test_more_disks_than_kills_is_refused() -> None:
 
 def test_a_point_that_is_none_is_refused() -> None:
     with pytest.raises(KeyError):
-        kill_at("nowhere", 1)
+        signal_at("nowhere", 1, signal.SIGKILL)
 
 
 async def after(folder: Path, actions: list[Action], **options: Any) -> tuple[Harness, dict[str, Any]]:
@@ -60,7 +61,12 @@ async def after(folder: Path, actions: list[Action], **options: Any) -> tuple[Ha
 async def test_kills_between_durable_steps_and_a_zombie_lose_and_double_nothing(tmp_path: Path) -> None:
     points = ["recommendations acknowledged", "changelog sent", "changelog acknowledged", "states written"]
     actions: list[Action] = [Kill(point, 3, "kept") for point in points]
-    actions += [Kill("states restored", 1, "lost"), Freeze(SESSION_SECONDS + 1), Leave(0), Kill("drained", 1, "cut")]
+    actions += [
+        Kill("states restored", 1, "lost"),
+        Freeze("changelog unsent", 3, SESSION_SECONDS + 2),
+        Leave(0),
+        Kill("drained", 1, "cut"),
+    ]
     harness, found = await after(tmp_path, actions)
     assert found["clean"], found["differences"]
     assert found["clicks"] >= 4_000

@@ -1,4 +1,4 @@
-"""`stream-app worker` that kills itself at a named point, or is wrong on purpose: what the harness starts."""
+"""`stream-app worker` that kills or freezes itself at a named point, or is wrong on purpose: the harness starts it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 
 from stream_app.cli import main
 from tests.chaos.mutations import MUTATIONS
-from tests.chaos.points import kill_at
+from tests.chaos.points import signal_at
 
 if __name__ == "__main__":
     if mutation := os.environ.get("CHAOS_MUTATION"):
         MUTATIONS[mutation]()
     if point := os.environ.get("CHAOS_POINT"):
-        kill_at(point, int(os.environ["CHAOS_COUNT"]))
+        signal_at(point, int(os.environ["CHAOS_COUNT"]), int(os.environ["CHAOS_SIGNAL"]))
     main(["worker"])
