@@ -37,7 +37,10 @@ MAX_LINE_BYTES = 1 << 24
 _GZIP = b"\x1f\x8b"
 """How every gzip file begins."""
 
-_BEYOND_FLOATS = 2.0**53
+_BEYOND_64_BITS = 2.0**63
+"""The least number that a signed 64-bit integer does not hold."""
+
+_BEYOND_FLOATS = 2**53
 """From here on a 64-bit float does not tell whole numbers from their neighbours."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -66,7 +69,7 @@ def read_batches(path: Path) -> Iterator[pl.DataFrame]:
         order = order or [name for name in ORDER_COLUMNS if name in batch.columns]
         checked = _checked(batch, order, path, rows)
         with_fractions |= {name for name in order if checked[name].dtype == pl.Float64}
-        beyond_floats |= {name for name in order if _largest(checked[name]) > _BEYOND_FLOATS}
+        beyond_floats |= {name for name in order if _has_beyond_floats(checked[name])}
         for name in sorted(with_fractions & beyond_floats):
             raise InteractionsError(
                 f"{path}: {name} has numbers with a fraction, and others beyond 2^53, which would lose their order "
@@ -86,9 +89,9 @@ def refuse_values(column: pl.Series, bad: pl.Series, path: Path, allowed: str, *
         _refuse_rows(bad, path, f"{column.name} is {given[:_SHOWN_CHARACTERS]}; {allowed}", rows_before)
 
 
-def _largest(numbers: pl.Series) -> float:
-    ends = numbers.min(), numbers.max()
-    return max(abs(float(cast("int | float", end))) for end in ends)
+def _has_beyond_floats(numbers: pl.Series) -> bool:
+    """Whether there are whole numbers among them that would not stay what they are."""
+    return numbers.dtype == pl.Int64 and bool(((numbers > _BEYOND_FLOATS) | (numbers < -_BEYOND_FLOATS)).any())
 
 
 def _raw_batches(path: Path) -> Iterator[pl.DataFrame]:
@@ -206,13 +209,13 @@ _JSON_KINDS = (
 
 
 def _json_numbers(name: str, values: list[Any]) -> pl.Series:
-    kinds = {type(value) for value in values}
-    if str in kinds:
-        return pl.Series(name, [None if value is None else str(value) for value in values], pl.String)
-    if float not in kinds:
-        with suppress(OverflowError):
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {float}:
+        return pl.Series(name, values, pl.Float64)
+    if kinds == {int}:
+        with suppress(OverflowError, TypeError):
             return pl.Series(name, values, pl.Int64)
-    return pl.Series(name, [None if value is None else float(value) for value in values], pl.Float64)
+    return pl.Series(name, [None if value is None else str(value) for value in values], pl.String)
 
 
 def _blocks_of_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
@@ -288,8 +291,12 @@ def _numbers(column: pl.Series, path: Path, rows_before: int) -> pl.Series:
         numbers, good = whole, whole.is_not_null()
     else:
         numbers = column.cast(pl.Float64, strict=False)
-        good = (numbers.abs() < _BEYOND_FLOATS).fill_null(value=False)  # polars holds NaN for the greatest number
-    allowed = "it orders the clicks of a user, and must be a number that fits 64 bits, or 53 where some have a fraction"
+        good = (numbers.abs() < _BEYOND_64_BITS).fill_null(value=False)  # polars holds NaN for the greatest number
+        if column.dtype == pl.String:
+            good &= (whole.abs() <= _BEYOND_FLOATS).fill_null(value=True)
+    allowed = (
+        "it orders the clicks of a user, and must be a number that fits 64 bits, or 53 beside numbers with a fraction"
+    )
     refuse_values(column, ~good, path, allowed, rows_before=rows_before)
     return numbers
 
