@@ -29,7 +29,7 @@ demo: $(READY)  ## real Kafka, real clicks, live recommendations; CLICKS=5000 en
 test: $(READY)  ## every test, the fast ones first; T=tests/lrurec/test_model.py runs one file
 	$(BIN)/python -m pytest $(if $(T),$(T),--numprocesses 2 --dist worksteal)
 
-chaos: $(READY)  ## 200 kills and other accidents, then the proof; half an hour. A="--seed 7" replays one
+chaos: $(READY)  ## 200 kills and other accidents, then the proof. A="--seed 7" replays one
 	$(BIN)/python -m tests.chaos $(A)
 
 check: $(READY)  ## format, lint, types, import rules

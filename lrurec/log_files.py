@@ -133,7 +133,9 @@ def _require_content(path: Path, *, is_gzip: bool) -> None:
 
 def _csv_batches(path: Path) -> Iterator[pl.DataFrame]:
     # Everything as text: an id such as 007 must not become the number 7. Polars uncompresses by itself.
-    yield from _streamed(pl.scan_csv(path, infer_schema=False, glob=False), path)
+    scan = pl.scan_csv(path, infer_schema=False, glob=False)
+    known = _require_columns(scan.collect_schema().names(), path)
+    yield from scan.select(known).collect_batches(chunk_size=BATCH_ROWS)
 
 
 def _parquet_batches(path: Path) -> Iterator[pl.DataFrame]:
@@ -155,11 +157,6 @@ _PARQUET_KINDS = (
     pa.types.is_floating, pa.types.is_decimal128, pa.types.is_boolean, pa.types.is_null,
 )  # fmt: skip
 """Those that polars takes over; what they hold is checked with all others."""
-
-
-def _streamed(scan: pl.LazyFrame, path: Path) -> Iterator[pl.DataFrame]:
-    known = _require_columns(scan.collect_schema().names(), path)
-    yield from scan.select(known).collect_batches(chunk_size=BATCH_ROWS)
 
 
 def _json_batches(path: Path) -> Iterator[pl.DataFrame]:

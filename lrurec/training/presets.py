@@ -79,13 +79,10 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         try:
-            for name in ("hidden_units", "num_blocks", "max_len", "batch_size", "max_steps", "min_steps"):
+            counts = ["hidden_units", "num_blocks", "max_len", "batch_size", "max_steps", "min_steps", "validate_every"]
+            counts += ["patience", *(name for name in ("epochs", "threads") if getattr(self, name) is not None)]
+            for name in counts:
                 require_count(name, getattr(self, name))
-            for name in ("validate_every", "patience"):
-                require_count(name, getattr(self, name))
-            for name in ("epochs", "threads"):
-                if getattr(self, name) is not None:
-                    require_count(name, getattr(self, name))
             for name in ("warmup_steps", "seed"):
                 require_count(name, getattr(self, name), least=0)
             for name in ("dropout", "label_smoothing", "average_decay"):

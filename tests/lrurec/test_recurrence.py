@@ -1,8 +1,10 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrurec.recurrence import gradient_by_doubling, linear_scan, scan_by_doubling
+from lrurec.threads import limited_threads
 
 
 def packed(lengths):
@@ -54,6 +56,25 @@ def test_both_forms_have_one_gradient(lengths, seed):
     by_doubling = gradient_by_doubling(grad, h.detach(), eigenvalues.detach(), position)
     for ours, theirs in zip(torch.autograd.grad(h, inputs, grad), by_doubling, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("lengths", [[300] * 12, [2_500], [7, 2_000, 9, 1_000], [1] * 2_000])
+def test_threads_share_out_whole_sequences(lengths, threads):
+    driven, eigenvalues, position = drawn(lengths, seed=2)
+    inputs = (driven.requires_grad_(), eigenvalues.requires_grad_())
+
+    def states_and_gradients():
+        h = linear_scan(*inputs, position)
+        return h, *torch.autograd.grad(h, inputs, torch.ones_like(h))
+
+    with limited_threads(1):
+        alone = states_and_gradients()
+    with limited_threads(threads):
+        shared = states_and_gradients()
+    assert torch.equal(shared[0], alone[0])
+    assert torch.equal(shared[1], alone[1])
+    torch.testing.assert_close(shared[2], alone[2])
 
 
 def test_a_scan_takes_what_autograd_hands_it_in_any_layout():
