@@ -31,8 +31,8 @@ from lrurec.interactions import leave_one_out, read_interactions
 from lrurec.model import LRURec
 from lrurec.threads import limited_threads
 from lrurec.training.loss import softmax_cross_entropy
-from lrurec.training.presets import GradientPrecision, TrainingSettings, preset
-from lrurec.training.run import TrainingRun
+from lrurec.training.presets import Precision, TrainingSettings, preset
+from lrurec.training.run import TrainingRun, encode
 from lrurec.training.windows import Batch, Windows
 
 SHOP = Path(__file__).parents[1] / "stream_app" / "dev" / "demo" / "eshop" / "clicks.csv.gz"
@@ -86,12 +86,12 @@ class Difference(NamedTuple):
     """The parameter whose gradient differs most."""
 
 
-def compare(model: LRURec, windows: Windows, settings: TrainingSettings, precision: GradientPrecision) -> Difference:
+def compare(model: LRURec, windows: Windows, settings: TrainingSettings, precision: Precision) -> Difference:
     """Relative differences on the first batch, without dropout."""
     chosen = np.arange(min(settings.batch_size, len(windows)))
     model = copy.deepcopy(model).eval()
     packed, smoothing = windows.batch(chosen), settings.label_smoothing
-    encodings = model.encode_packed(packed.items, packed.position)
+    encodings = encode(model, packed, precision)
     table = model.item_embedding.weight, model.item_bias
     ours = softmax_cross_entropy(encodings, *table, packed.labels, smoothing, precision)
     theirs = plain_form.loss(model, *padded(packed), 0.0, smoothing)
@@ -104,13 +104,14 @@ def compare(model: LRURec, windows: Windows, settings: TrainingSettings, precisi
 
 def padded(batch: Batch) -> tuple[Tensor, Tensor]:
     """The same windows, padded on the left to a power of two: items and labels, (b, t)."""
-    starts = np.flatnonzero(batch.items.numpy() == 0)
-    lengths = np.diff([*starts, len(batch.items)])
+    count = len(batch.labels)
+    starts = np.flatnonzero(batch.items[:count].numpy() == 0)
+    lengths = np.diff([*starts, count])
     tokens = 1 << (int(lengths.max()) - 1).bit_length()
-    column = tokens - np.repeat(lengths, lengths) + np.arange(len(batch.items)) - np.repeat(starts, lengths)
+    column = tokens - np.repeat(lengths, lengths) + np.arange(count) - np.repeat(starts, lengths)
     row = np.repeat(np.arange(len(lengths)), lengths)
     items, labels = torch.zeros(2, len(lengths), tokens, dtype=torch.int64)
-    items[row, column], labels[row, column] = batch.items, batch.labels
+    items[row, column], labels[row, column] = batch.items[:count], batch.labels
     return items, labels
 
 

@@ -1,7 +1,7 @@
 """Dropout whose masks cost a byte of randomness each."""
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float
 from torch import Tensor, nn
 
 LEVELS = 256
@@ -19,7 +19,7 @@ class ByteDropout(nn.Module):
         # At least one level in 256 is kept: a probability below 1 must not become 1.
         self.dropped_levels = min(round(probability * LEVELS), LEVELS - 1)
 
-    def forward(self, x: Float32[Tensor, "n d"]) -> Float32[Tensor, "n d"]:
+    def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         if not self.training or self.dropped_levels == 0:
             return x
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)

@@ -68,10 +68,11 @@ class LRU(nn.Module):
         # One real product with (re, im) rows interleaved gives complex numbers without a copy.
         weight = (self.input_weight.mT * gamma[..., None]).reshape(2 * channels, width)
         pairs = nn.functional.linear(x, weight, (self.input_bias * gamma).flatten())
+        pairs = pairs.float()  # in training the product may be bfloat16
         return torch.view_as_complex(pairs.view(len(x), channels, 2))
 
-    def read(self, h: Complex64[Tensor, "n h"]) -> Float32[Tensor, "n d"]:
-        """Re(C h + c)."""
+    def read(self, h: Complex64[Tensor, "n h"]) -> Float[Tensor, "n d"]:
+        """Re(C h + c); bfloat16 where torch.autocast says so, as in training, else float32."""
         sign = self.output_weight.new_tensor([1.0, -1.0])  # Re(C h) = Re C · Re h - Im C · Im h
         weight = (self.output_weight * sign).flatten(1)
         return nn.functional.linear(torch.view_as_real(h).flatten(1), weight, self.output_bias)
@@ -81,7 +82,7 @@ class LRU(nn.Module):
         x: Float32[Tensor, "n d"],
         position: Int64[Tensor, " n"],
         state: Complex64[Tensor, "s h"] | None = None,
-    ) -> tuple[Float32[Tensor, "n d"], Complex64[Tensor, "n h"]]:
+    ) -> tuple[Float[Tensor, "n d"], Complex64[Tensor, "n h"]]:
         """All steps of several sequences laid end to end: (y, h after every step).
 
         `position` is 0 where a sequence starts. `state` is what each of the s sequences starts from; None is zeros.
@@ -95,7 +96,7 @@ class LRU(nn.Module):
 
     def step(
         self, x: Float32[Tensor, "b d"], state: Complex64[Tensor, "b h"]
-    ) -> tuple[Float32[Tensor, "b d"], Complex64[Tensor, "b h"]]:
+    ) -> tuple[Float[Tensor, "b d"], Complex64[Tensor, "b h"]]:
         """One step of b users: (y, the state after it). `state` is left as it was."""
         h = self.eigenvalues() * state + self.drive(x)
         return self.read(h), h

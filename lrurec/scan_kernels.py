@@ -6,7 +6,6 @@ of a GPU (`recurrence`) costs ⌈log2(longest sequence)⌉ of them and as many p
 Complex numbers are pairs (re, im) on the last axis: n tokens, h channels.
 """
 
-import numpy as np
 from numba import njit
 
 
@@ -45,20 +44,23 @@ def scan_gradient(grad, h, eigenvalues, position, grad_driven, grad_eigenvalues)
         grad_eigenvalues: (h, 2) float64, out: summed in double precision, as there may be many tokens.
 
     """
-    grad_eigenvalues[:] = 0.0
-    tokens = grad.shape[0]
-    for t in range(tokens - 1, -1, -1):
-        if t == tokens - 1 or position[t + 1] == 0:
+    # Two passes, and indices that count up: one loop over both sums is not vectorised, and takes 2.5 times as long.
+    tokens, channels = grad.shape[0], grad.shape[1]
+    for s in range(tokens):
+        t = tokens - 1 - s
+        if s == 0 or position[t + 1] == 0:
             grad_driven[t] = grad[t]
         else:
-            for c in range(grad.shape[1]):
+            for c in range(channels):
                 re, im = grad_driven[t + 1, c, 0], grad_driven[t + 1, c, 1]
                 a, b = eigenvalues[c, 0], eigenvalues[c, 1]
                 grad_driven[t, c, 0] = a * re + b * im + grad[t, c, 0]
                 grad_driven[t, c, 1] = a * im - b * re + grad[t, c, 1]
+    grad_eigenvalues[:] = 0.0
+    for t in range(1, tokens):
         if position[t] > 0:
-            for c in range(grad.shape[1]):
-                re, im = np.float64(grad_driven[t, c, 0]), np.float64(grad_driven[t, c, 1])
+            for c in range(channels):
+                re, im = grad_driven[t, c, 0], grad_driven[t, c, 1]
                 before_re, before_im = h[t - 1, c, 0], h[t - 1, c, 1]
                 grad_eigenvalues[c, 0] += re * before_re + im * before_im
                 grad_eigenvalues[c, 1] += im * before_re - re * before_im

@@ -1,6 +1,6 @@
 """Full softmax cross entropy that never holds more than a tile of scores."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from lrurec.threads import in_threads
 from lrurec.training import loss_kernels
-from lrurec.training.presets import GradientPrecision
+from lrurec.training.presets import Precision
 
 SCORES_PER_TILE = 1 << 26
 """Scores held at a time: 256 MiB in float32, 128 MiB in bfloat16. A batch of beauty (700 labels) has 40M."""
@@ -23,6 +23,12 @@ ROWS_PER_TILE = 2048
 """At most, however few the items."""
 
 _ROWS_STEP = 64
+
+ITEMS_PER_RANGE = 4096
+"""About: 16 MiB of scores in bfloat16. The allocator takes blocks above 32 MiB from the system anew every time."""
+
+_ITEMS_STEP = 512
+"""At least so many items for a thread, and a boundary that suits its vectors."""
 
 _LARGEST_TOTAL = 1e25
 """Of exponentials above a label's: an item 57 nats above it. Far from float32's limits in the sums and in 1 / total."""
@@ -34,7 +40,7 @@ def softmax_cross_entropy(
     bias: Float[Tensor, " v"],
     labels: Int64[Tensor, " n"],
     smoothing: float = 0.0,
-    precision: GradientPrecision = "float32",
+    precision: Precision = "float32",
 ) -> Float[Tensor, ""]:
     """Mean over n of the cross entropy, in nats, of softmax(E x + bias) and the label.
 
@@ -56,7 +62,7 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
         bias: Tensor,
         labels: Tensor,
         smoothing: float,
-        precision: GradientPrecision,
+        precision: Precision,
     ) -> Tensor:
         n, num_rows = len(encodings), len(weight)
         scores = _scores_of(weight, bias, precision)
@@ -157,15 +163,15 @@ class _Scores:
 
 
 class _CompiledScores(_Scores):
-    """E x + bias in float32 by compiled loops. The threads share out the items, in all products."""
+    """E x + bias of float32 arguments, by torch's products and a compiled loop. The threads share out the items."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, *, half: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
         super().__init__(weight, bias)
-        self._dtype = torch.bfloat16 if half else torch.float32
-        self._kernel = loss_kernels.exponentiate_to_bfloat16 if half else loss_kernels.exponentiate
-        self._ranges = _item_ranges(len(weight), torch.get_num_threads())
-        self._factors = [weight[items].to(self._dtype) for items in self._ranges]
-        self._tables = [(weight[items].numpy(), bias[items].numpy()) for items in self._ranges]
+        self._dtype = dtype
+        self._threads = torch.get_num_threads()
+        self._ranges = _item_ranges(len(weight), self._threads)
+        self._factors = [weight[items].to(dtype) for items in self._ranges]
+        self._biases = [bias[items].numpy() for items in self._ranges]
         self._memory = [factor.new_empty(0, len(factor)) for factor in self._factors]
 
     def exponentials(self, encodings: Tensor, own: Tensor) -> _Exponentials:
@@ -176,13 +182,14 @@ class _CompiledScores(_Scores):
         values = [memory[:count] for memory in self._memory]
         sums = np.empty((len(self._ranges), count), np.float32)
         products = encodings.new_empty(len(self._ranges), *encodings.shape)
+        factor = encodings.to(self._dtype)
 
         def fill(part: int) -> None:
-            out = (values[part].view(torch.int16) if self._dtype == torch.bfloat16 else values[part]).numpy()
-            self._kernel(encodings.numpy(), *self._tables[part], own.numpy(), out, sums[part])
+            torch.mm(factor, self._factors[part].T, out=values[part])
+            _exponentiate(values[part], self._biases[part], own.numpy(), sums[part])
             products[part] = values[part] @ self._factors[part]
 
-        in_threads(fill, len(self._ranges))
+        self._share_out(fill)
         with np.errstate(over="ignore"):
             totals = torch.from_numpy(sums.sum(0))
         if not bool((totals < _LARGEST_TOTAL).all()):  # NaN is not below it either
@@ -199,17 +206,36 @@ class _CompiledScores(_Scores):
             grad_weight[self._ranges[part]] += by_item[:, :-1]
             grad_bias[self._ranges[part]] += by_item[:, -1]
 
-        in_threads(add, len(self._ranges))
+        self._share_out(add)
+
+    def _share_out(self, task: Callable[[int], None]) -> None:
+        """Run a task for every range of items."""
+        parts, threads = len(self._ranges), min(self._threads, len(self._ranges))
+
+        def every_nth(thread: int) -> None:
+            for part in range(thread, parts, threads):
+                task(part)
+
+        in_threads(every_nth, threads)
 
 
-def _scores_of(weight: Tensor, bias: Tensor, precision: GradientPrecision) -> _Scores:
+def _exponentiate(scores: Tensor, bias: np.ndarray, shift: np.ndarray, sums: np.ndarray) -> None:
+    if scores.dtype == torch.bfloat16:
+        loss_kernels.exponentiate_bfloat16(scores.view(torch.int16).numpy(), bias, shift, sums)
+    else:
+        loss_kernels.exponentiate(scores.numpy(), bias, shift, sums)
+
+
+def _scores_of(weight: Tensor, bias: Tensor, precision: Precision) -> _Scores:
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return _Scores(weight, bias)
-    return _CompiledScores(
-        weight.detach().contiguous(),
-        bias.detach().contiguous(),
-        half=precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16()),
-    )
+    return _CompiledScores(weight.detach().contiguous(), bias.detach().contiguous(), dtype_of(precision))
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """Of the factors of products on this CPU."""
+    half = precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16())
+    return torch.bfloat16 if half else torch.float32
 
 
 @cache
@@ -219,8 +245,9 @@ def multiplies_bfloat16() -> bool:
     return any(features.get(name, False) for name in ("avx512bf16", "amx-bf16", "bf16"))
 
 
-def _item_ranges(num_rows: int, count: int) -> list[slice]:
-    """At most `count` runs of whole tiles that make up all rows of the item table."""
-    tiles = -(-num_rows // loss_kernels.TILE_ITEMS)
-    cuts = [min(num_rows, tiles * part // count * loss_kernels.TILE_ITEMS) for part in range(count + 1)]
+def _item_ranges(num_rows: int, threads: int) -> list[slice]:
+    """Runs of whole steps of items that make up all rows of the item table, equally many for every thread."""
+    steps = -(-num_rows // _ITEMS_STEP)
+    count = threads * -(-num_rows // (threads * ITEMS_PER_RANGE))
+    cuts = [min(num_rows, steps * part // count * _ITEMS_STEP) for part in range(count + 1)]
     return [slice(first, last) for first, last in pairwise(cuts) if first < last]

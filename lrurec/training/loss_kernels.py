@@ -1,14 +1,10 @@
-"""Exponentials of item scores, compiled: a tile of scores is multiplied, exponentiated, summed and stored while hot.
+"""Exponentials of item scores and their sums, compiled: one pass over the scores, in place.
 
-Axes: r rows (labels) of a tile, d width, v rows of the item table.
+Axes: r rows (labels) of a tile, v rows of the item table.
 """
 
 import numpy as np
-import scipy.linalg.cython_blas  # noqa: F401  (numba's np.dot calls it; loaded here so that its threads can be limited)
 from numba import njit
-
-#: Items of one product: so few that its scores stay in a cache until they are exponentiated.
-TILE_ITEMS = 512
 
 _int32, _float32 = np.int32, np.float32
 _SIXTEEN = np.int32(16)
@@ -43,55 +39,40 @@ def _bfloat16_bits(x):
     return np.int16(_int32(bits + _int32(0x7FFF) + _int32((bits >> _SIXTEEN) & _int32(1))) >> _SIXTEEN)
 
 
+@njit(inline="always")
+def _from_bfloat16_bits(bits):
+    return _int32(_int32(bits) << _SIXTEEN).view(np.float32)
+
+
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def exponentiate(encodings, weight, bias, shift, exponentials, sums):
-    """exp(E x + bias - shift), and its sum over the items.
+def exponentiate(scores, bias, shift, sums):
+    """s_iv ← exp(s_iv + bias_v - shift_i), in place, and its sum over the items.
 
     Args:
-        encodings: (r, d) float32, contiguous.
-        weight: (v, d) float32, contiguous.
+        scores: (r, v) float32, in and out.
         bias: (v,) float32.
         shift: (r,) float32, what is taken from a row's scores.
-        exponentials: (r, v) float32, out.
         sums: (r,) float32, out.
 
     """
-    rows, items = encodings.shape[0], weight.shape[0]
-    memory = np.empty(rows * TILE_ITEMS, np.float32)
-    sums[:] = _float32(0)
-    for start in range(0, items, TILE_ITEMS):
-        width = min(TILE_ITEMS, items - start)
-        scores = memory[: rows * width].reshape(rows, width)
-        np.dot(encodings, weight[start : start + width].T, scores)
-        tile_bias = bias[start : start + width]
-        for row in range(rows):
-            # Slices that start at 0: an index that might be negative keeps a loop from being vectorised.
-            out = exponentials[row, start : start + width]
-            total = _float32(0)
-            for j in range(width):
-                value = _exp(scores[row, j] + tile_bias[j] - shift[row])
-                total += value
-                out[j] = value
-            sums[row] += total
+    for i in range(scores.shape[0]):
+        row = scores[i]  # a slice that starts at 0: an index that might be negative keeps a loop from being vectorised
+        total = _float32(0)
+        for v in range(row.shape[0]):
+            value = _exp(row[v] + bias[v] - shift[i])
+            row[v] = value
+            total += value
+        sums[i] = total
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def exponentiate_to_bfloat16(encodings, weight, bias, shift, exponentials, sums):
-    """As `exponentiate`; exponentials are the bits of bfloat16 as int16, the sums are of the unrounded values."""
-    rows, items = encodings.shape[0], weight.shape[0]
-    memory = np.empty(rows * TILE_ITEMS, np.float32)
-    sums[:] = _float32(0)
-    for start in range(0, items, TILE_ITEMS):
-        width = min(TILE_ITEMS, items - start)
-        scores = memory[: rows * width].reshape(rows, width)
-        np.dot(encodings, weight[start : start + width].T, scores)
-        tile_bias = bias[start : start + width]
-        for row in range(rows):
-            # Slices that start at 0: an index that might be negative keeps a loop from being vectorised.
-            out = exponentials[row, start : start + width]
-            total = _float32(0)
-            for j in range(width):
-                value = _exp(scores[row, j] + tile_bias[j] - shift[row])
-                total += value
-                out[j] = _bfloat16_bits(value)
-            sums[row] += total
+def exponentiate_bfloat16(scores, bias, shift, sums):
+    """As `exponentiate`; scores are the bits of bfloat16 as int16. The sums are float32, of the unrounded values."""
+    for i in range(scores.shape[0]):
+        row = scores[i]
+        total = _float32(0)
+        for v in range(row.shape[0]):
+            value = _exp(_from_bfloat16_bits(row[v]) + bias[v] - shift[i])
+            row[v] = _bfloat16_bits(value)
+            total += value
+        sums[i] = total

@@ -8,11 +8,12 @@ from typing import Literal, TypeAlias, get_args
 from lrurec.config import LRURecConfig, require_count, require_number
 from lrurec.errors import ConfigError, TrainingError
 
-GradientPrecision: TypeAlias = Literal["auto", "float32", "bfloat16"]
-"""Of the probabilities, encodings and weights that the gradient's two products multiply.
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+"""Of the factors of a training step's products on a CPU: those of the blocks, the scores, and their gradients.
 
-The loss is float32 either way. bfloat16 rounds every factor to 8 significant bits, and sums their products in float32:
-two to three times as fast on a CPU that multiplies bfloat16. `auto` is bfloat16 on such a CPU, float32 elsewhere.
+bfloat16 rounds factors and products to 8 significant bits and sums in float32: two to three times as fast on a CPU that
+multiplies bfloat16. Weights, states, sums, the softmax and the optimizer stay float32. `auto` is bfloat16 on such a
+CPU, float32 elsewhere.
 """
 
 Schedule: TypeAlias = Literal["constant", "linear"]
@@ -55,7 +56,7 @@ class TrainingSettings:
 
     clip_norm: float = 5.0
     label_smoothing: float = 0.0
-    gradient_precision: GradientPrecision = "auto"
+    precision: Precision = "auto"
     bias_from_frequency: bool = False
     """Start the item biases at log frequency instead of near 0: the model need not learn what is popular."""
 
@@ -92,7 +93,7 @@ class TrainingSettings:
             require_number("weight_decay", self.weight_decay, below=math.inf, zero_allowed=True)
         except ConfigError as error:
             raise TrainingError(str(error)) from None
-        for name, allowed in (("schedule", Schedule), ("gradient_precision", GradientPrecision)):
+        for name, allowed in (("schedule", Schedule), ("precision", Precision)):
             if getattr(self, name) not in get_args(allowed):
                 raise TrainingError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(get_args(allowed))}")
         for name in ("bias_from_frequency", "embeddings_from_cooccurrence"):
@@ -145,7 +146,7 @@ PRESETS: dict[PresetName, TrainingSettings] = {
     # Long histories of few items: nothing is rare enough to be smoothed, and little is learnt by heart.
     "ml-1m": dataclasses.replace(RECIPE, max_len=200, dropout=0.2, learning_rate=3e-3, label_smoothing=0.0, epochs=54),
     # 57,000 items don't fit 64 dimensions.
-    "beauty": dataclasses.replace(RECIPE, hidden_units=128, dropout=0.6, learning_rate=3e-3, epochs=5),
+    "beauty": dataclasses.replace(RECIPE, hidden_units=128, dropout=0.6, learning_rate=3e-3, epochs=8),
     "video": dataclasses.replace(RECIPE, epochs=8),
     # 217 items and sessions of 7 clicks: a small model, a high rate that falls to 0, and the whole is done in seconds.
     "eshop": TrainingSettings(

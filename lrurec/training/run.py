@@ -8,15 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lrurec.array_types import PackedEncodings
 from lrurec.errors import TrainingError
 from lrurec.evaluation import Metrics, lists_by_model, metrics_of, ranks_in
 from lrurec.interactions import HeldOut, Histories
 from lrurec.model import LRURec
 from lrurec.training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from lrurec.training.cooccurrence import cooccurrence_embeddings
-from lrurec.training.loss import softmax_cross_entropy
+from lrurec.training.loss import dtype_of, softmax_cross_entropy
 from lrurec.training.memory import return_freed_memory
-from lrurec.training.presets import TrainingSettings
+from lrurec.training.presets import Precision, TrainingSettings
 from lrurec.training.windows import Batch, Windows, epoch_order
 
 ADAM_EPS = 1e-9
@@ -84,10 +85,10 @@ class TrainingRun:
             group["lr"] = settings.rate_at(self.step, self.steps)
         batch = self._next_batch()
         model.train()
-        encodings = model.encode_packed(batch.items, batch.position)
+        encodings = encode(model, batch, settings.precision)
         weight, bias = model.item_embedding.weight, model.item_bias
         loss = softmax_cross_entropy(
-            encodings, weight, bias, batch.labels, settings.label_smoothing, settings.gradient_precision
+            encodings, weight, bias, batch.labels, settings.label_smoothing, settings.precision
         )
         self._optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -178,6 +179,15 @@ class TrainingRun:
         for name, parameter in self.model.named_parameters():
             tensors |= {f"{moment}/{name}": self._optimizer.state[parameter][moment] for moment in MOMENTS}
         return tensors
+
+
+def encode(model: LRURec, batch: Batch, precision: Precision) -> PackedEncodings:
+    """The encodings of the tokens that have a label, float32; by products of the given precision on a CPU."""
+    device = batch.items.device.type
+    half = device == "cpu" and dtype_of(precision) == torch.bfloat16
+    with torch.autocast(device, torch.bfloat16, enabled=half):
+        encodings = model.encode_packed(batch.items, batch.position)
+    return encodings[: len(batch.labels)]
 
 
 def _set_bias_by_frequency(model: LRURec, train: Histories) -> None:

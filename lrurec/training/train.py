@@ -20,8 +20,8 @@ from lrurec.errors import DeviceError, TrainingError
 from lrurec.evaluation import Metrics
 from lrurec.interactions import MIN_CLICKS_TO_EVALUATE, HeldOut, Interactions, Split, leave_one_out
 from lrurec.threads import limited_threads
-from lrurec.training.loss import multiplies_bfloat16
-from lrurec.training.presets import TrainingSettings
+from lrurec.training.loss import dtype_of
+from lrurec.training.presets import Precision, TrainingSettings
 from lrurec.training.run import TrainingRun
 
 CHECKPOINT_SECONDS = 10.0
@@ -98,13 +98,9 @@ def train(
 
 
 def resolve(settings: TrainingSettings) -> TrainingSettings:
-    """The settings with what they leave to the machine: the number of threads, and the precision of the gradient."""
-    precision = settings.gradient_precision
-    if precision == "auto":
-        precision = "bfloat16" if multiplies_bfloat16() else "float32"
-    return dataclasses.replace(
-        settings, threads=settings.threads or torch.get_num_threads(), gradient_precision=precision
-    )
+    """The settings with what they leave to the machine: the number of threads, and the precision of products."""
+    precision: Precision = "bfloat16" if dtype_of(settings.precision) == torch.bfloat16 else "float32"
+    return dataclasses.replace(settings, threads=settings.threads or torch.get_num_threads(), precision=precision)
 
 
 def run_id(interactions: Interactions, settings: TrainingSettings, catalogue: Catalogue, device: str) -> str:

@@ -13,7 +13,11 @@ from lrurec.model import PADDING
 
 
 class Batch(NamedTuple):
-    """Windows as n packed tokens. The model is asked for `labels[i]` after `items[i]`."""
+    """Windows as packed tokens. The model is asked for `labels[i]` after `items[i]`.
+
+    Tokens beyond the labels are padding items, so that batches come in few sizes: oneDNN makes code for every size it
+    meets, in milliseconds, and keeps megabytes of it.
+    """
 
     items: PackedItems
     position: Positions
@@ -56,7 +60,15 @@ class Windows:
         labels = part.items.astype(np.int64)
         place = np.arange(len(labels)) - np.repeat(part.offsets[:-1], part.lengths)
         items = np.where(place > 0, np.roll(labels, 1), PADDING)
-        return Batch(*map(torch.from_numpy, (items, np.maximum(place - 1, 0), labels)))
+        padding = padded_size(len(labels)) - len(labels)
+        items, position = (np.pad(each, (0, padding)) for each in (items, np.maximum(place - 1, 0)))
+        return Batch(*map(torch.from_numpy, (items, position, labels)))
+
+
+def padded_size(tokens: int) -> int:
+    """The next of at most 16 sizes between a power of two and the next, all multiples of 64."""
+    step = max(64, 1 << max(0, tokens.bit_length() - 5))
+    return -(-tokens // step) * step
 
 
 def epoch_order(num_windows: int, seed: int, epoch: int) -> Int64[np.ndarray, " windows"]:

@@ -50,9 +50,9 @@ def test_the_compiled_loss_and_its_gradients_are_those_of_the_whole(rows, items,
     encodings, weight, bias = magnitudes
     parts = torch.autograd.grad(((encodings * weight[labels]).sum(1) + bias[labels]).mean(), magnitudes)
     with limited_threads(threads):
-        for precision, tolerance in (("float32", 5e-5), ("bfloat16", 5e-3)):
+        for precision, loss_tolerance, tolerance in (("float32", 1e-6, 5e-5), ("bfloat16", 5e-3, 1e-2)):
             ours = softmax_cross_entropy(*inputs, labels, smoothing, precision)
-            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(ours, theirs, rtol=loss_tolerance, atol=loss_tolerance)
             for one, other, part in zip(torch.autograd.grad(ours, inputs), expected, parts, strict=True):
                 assert (one - other).norm() <= tolerance * (other.norm() + part.norm())
 
@@ -70,11 +70,12 @@ def test_one_item_far_above_the_label_is_no_trouble(precision, above):
     encodings, weight, bias = (leaf.detach() for leaf in leaves(torch.float32))
     bias[6] = above
     inputs = [encodings.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
-    assert_exact(softmax_cross_entropy(*inputs, LABELS, 0.0, precision), in_one_go(*inputs, LABELS), inputs)
+    tolerance = 1e-5 if precision == "float32" else 1e-3
+    assert_exact(softmax_cross_entropy(*inputs, LABELS, 0.0, precision), in_one_go(*inputs, LABELS), inputs, tolerance)
 
 
-def assert_exact(ours, theirs, inputs):
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+def assert_exact(ours, theirs, inputs, tolerance=1e-5):
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0)
     gradients = zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True)
     for one, other in gradients:
         assert (one - other).norm() <= 1e-2 * other.norm()

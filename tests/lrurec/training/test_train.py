@@ -321,7 +321,7 @@ def test_a_preset_describes_a_model(settings):
 IMPOSSIBLE = {
     "batch_size": 1.5, "max_steps": -1, "max_len": 2**40, "epochs": 0, "threads": -1, "seed": -1, "warmup_steps": -5,
     "average_decay": 1.0, "label_smoothing": float("nan"), "dropout": 1, "learning_rate": float("nan"), "clip_norm": -1,
-    "weight_decay": float("inf"), "schedule": "liner", "gradient_precision": "x", "bias_from_frequency": "yes",
+    "weight_decay": float("inf"), "schedule": "liner", "precision": "x", "bias_from_frequency": "yes",
 }  # fmt: skip
 
 
@@ -406,7 +406,7 @@ def test_what_the_machine_decides_is_part_of_what_a_checkpoint_must_fit():
     assert identity() == run_id(
         log, resolve(SETTINGS), log.catalogue, "auto" if not torch.cuda.is_available() else "cpu"
     )
-    assert len({identity(), identity(threads=2), identity(gradient_precision="float32"), identity(seed=1)}) >= 3
+    assert len({identity(), identity(threads=2), identity(precision="float32"), identity(seed=1)}) >= 3
     with limited_threads(1):
         one = identity(threads=None)
     with limited_threads(2):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrurec.interactions import Histories
-from lrurec.training.windows import Windows, epoch_order
+from lrurec.training.windows import Windows, epoch_order, padded_size
 
 
 def cut(users, max_len):
@@ -29,9 +29,25 @@ def test_histories_are_cut_as_published(users, max_len):
 def test_every_click_is_asked_for_after_the_clicks_before_it_in_its_window():
     batch = cut([[7, 8, 9], [5], [1, 2]], 50).batch(np.array([2, 0, 1]))
     assert batch.labels.tolist() == [1, 2, 7, 8, 9, 5]
-    assert batch.items.tolist() == [0, 1, 0, 7, 8, 0]
+    assert batch.items[:6].tolist() == [0, 1, 0, 7, 8, 0]
     # The padding item and the first click both start anew: nothing of the cold start enters a state.
-    assert batch.position.tolist() == [0, 0, 0, 0, 1, 0]
+    assert batch.position[:6].tolist() == [0, 0, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize(("clicks", "tokens"), [(1, 64), (64, 64), (65, 128), (1_150, 1_152), (14_719, 14_848)])
+def test_a_batch_is_filled_up_with_cold_starts_to_one_of_few_sizes(clicks, tokens):
+    batch = cut([[1] * clicks], clicks).batch(np.array([0]))
+    assert len(batch.items) == len(batch.position) == tokens
+    assert len(batch.labels) == clicks
+    assert not batch.items[clicks:].any()
+    assert not batch.position[clicks:].any()
+
+
+@given(clicks=st.integers(1, 200_000))
+def test_filling_up_costs_little(clicks):
+    size = padded_size(clicks)
+    assert clicks <= size < clicks + max(64, clicks / 16)
+    assert padded_size(size) == size
 
 
 def test_encoding_a_batch_equals_encoding_each_window(small_model):
@@ -43,7 +59,7 @@ def test_encoding_a_batch_equals_encoding_each_window(small_model):
         for user in users:
             expected.append(small_model.cold_start()[None])
             expected.append(small_model.encode(torch.tensor([user]), torch.tensor([len(user)]))[0, :-1])
-    torch.testing.assert_close(packed, torch.cat(expected), rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed[: len(batch.labels)], torch.cat(expected), rtol=0, atol=1e-5)
 
 
 def test_each_epoch_and_seed_has_an_order_of_its_own():
