@@ -64,7 +64,7 @@ def measure(name: str, path: Path, settings: TrainingSettings, rounds: int) -> N
     run = TrainingRun(
         settings, split.train, split.validation, num_items=len(log.catalogue), device=torch.device("cpu"), run_id=name
     )
-    windows = Windows.cut(split.train, settings.max_len)
+    windows = run.windows
     for precision in ("float32", "bfloat16"):
         difference = compare(run.model, windows, settings, precision)
         print(

@@ -34,6 +34,9 @@ class TrainingSettings:
     max_len: int = 50
     dropout: float = 0.2
 
+    whole_histories: bool = False
+    """Learn also from the clicks at a history's start that fill no window of max_len; the published code doesn't."""
+
     batch_size: int = 128
     """Windows of a user's history in one step."""
 
@@ -96,7 +99,7 @@ class TrainingSettings:
         for name, allowed in (("schedule", Schedule), ("precision", Precision)):
             if getattr(self, name) not in get_args(allowed):
                 raise TrainingError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(get_args(allowed))}")
-        for name in ("bias_from_frequency", "embeddings_from_cooccurrence"):
+        for name in ("whole_histories", "bias_from_frequency", "embeddings_from_cooccurrence"):
             if not isinstance(getattr(self, name), bool):
                 raise TrainingError(f"{name} is {getattr(self, name)!r}; it must be true or false")
 

@@ -47,7 +47,7 @@ class TrainingRun:
         run_id: str,
     ) -> None:
         self.settings = settings
-        self.windows = Windows.cut(train, settings.max_len)
+        self.windows = Windows.cut(train, settings.max_len, whole=settings.whole_histories)
         self.steps = settings.steps_over(len(self.windows))
         self.step, self.best_step, self.best_recall = 0, 0, -1.0
         self.loss = torch.zeros((), device=device)

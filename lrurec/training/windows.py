@@ -29,18 +29,18 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Windows of at most `max_len` clicks, cut as the published code cuts them.
+    """Windows of at most `max_len` clicks, cut backwards from the end of each history in steps of max_len.
 
-    A history shorter than 2·max_len gives one window, its last max_len clicks; a longer one is cut backwards in steps
-    of max_len, and what is left at its start gives none.
+    What is left at a history's start gives a shorter window (`whole`), or none, as in the published code; there a
+    history shorter than max_len is its own window.
     """
 
     windows: Histories
 
     @classmethod
-    def cut(cls, histories: Histories, max_len: int) -> "Windows":
+    def cut(cls, histories: Histories, max_len: int, *, whole: bool = False) -> "Windows":
         lengths = histories.lengths
-        counts = np.where(lengths < 2 * max_len, np.minimum(lengths, 1), lengths // max_len)
+        counts = -(-lengths // max_len) if whole else np.maximum(lengths // max_len, np.minimum(lengths, 1))
         users = np.repeat(np.arange(len(histories)), counts)
         nth_from_end = np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts)
         ends = histories.offsets[1:][users] - nth_from_end * max_len

@@ -8,9 +8,11 @@ from lrurec.interactions import Histories
 from lrurec.training.windows import Windows, epoch_order, padded_size
 
 
-def cut(users, max_len):
+def cut(users, max_len, *, whole=False):
     offsets = np.concatenate([[0], np.cumsum([len(user) for user in users])]).astype(np.int64)
-    return Windows.cut(Histories(np.array([row for user in users for row in user], np.int32), offsets), max_len)
+    return Windows.cut(
+        Histories(np.array([row for user in users for row in user], np.int32), offsets), max_len, whole=whole
+    )
 
 
 def published_windows(user, max_len):
@@ -24,6 +26,15 @@ def test_histories_are_cut_as_published(users, max_len):
     windows = cut(users, max_len)
     ours = [windows.windows[index].tolist() for index in range(len(windows))]
     assert ours == [window for user in users for window in published_windows(user, max_len)]
+
+
+@given(users=st.lists(st.lists(st.integers(1, 9), max_size=30), min_size=1, max_size=5), max_len=st.integers(1, 8))
+def test_whole_histories_lose_no_click(users, max_len):
+    windows = cut(users, max_len, whole=True)
+    ours = [windows.windows[index].tolist() for index in range(len(windows))]
+    assert all(0 < len(window) <= max_len for window in ours)
+    expected = [user[max(0, end - max_len) : end] for user in users for end in range(len(user), 0, -max_len)]
+    assert ours == expected
 
 
 def test_every_click_is_asked_for_after_the_clicks_before_it_in_its_window():
