@@ -1,20 +1,18 @@
 """Full softmax cross entropy that never holds more than a tile of scores."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from llvmlite import binding
 from torch import Tensor
 from torch.nn import functional
 
 from lrurec.threads import in_threads
 from lrurec.training import loss_kernels
-from lrurec.training.presets import Precision
+from lrurec.training.precision import Precision, dtype_of
 
 SCORES_PER_TILE = 1 << 26
 """Scores held at a time: 256 MiB in float32, 128 MiB in bfloat16. A batch of beauty (700 labels) has 40M."""
@@ -230,19 +228,6 @@ def _scores_of(weight: Tensor, bias: Tensor, precision: Precision) -> _Scores:
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return _Scores(weight, bias)
     return _CompiledScores(weight.detach().contiguous(), bias.detach().contiguous(), dtype_of(precision))
-
-
-def dtype_of(precision: Precision) -> torch.dtype:
-    """Of the factors of products on this CPU."""
-    half = precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16())
-    return torch.bfloat16 if half else torch.float32
-
-
-@cache
-def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16; without them they are slower than float32."""
-    features = binding.get_host_cpu_features()
-    return any(features.get(name, False) for name in ("avx512bf16", "amx-bf16", "bf16"))
 
 
 def _item_ranges(num_rows: int, threads: int) -> list[slice]:
