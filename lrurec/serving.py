@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int32, Int64
 
-from lrurec import kernels
+from lrurec import filtered_ranking, kernels
 from lrurec.bundle import Bundle
 from lrurec.errors import DeviceError
 from lrurec.model import Block, LRURec
@@ -124,7 +124,7 @@ class CompiledEngine:
     ) -> None:
         self.layout = layout
         self._weights = _fold(bundle.model)
-        self._item_chunks = chunks_of_items(bundle.model)
+        self._ranker = ranker_of(bundle.model)
         self._top_k = top_k
         self._exclude_seen = exclude_seen
         self._rows = -(-max_batch // kernels.TILE) * kernels.TILE
@@ -175,7 +175,50 @@ class CompiledEngine:
 
     def _rank(self, wanted: np.ndarray, top_items: np.ndarray, top_scores: np.ndarray) -> None:
         seen = self._seen if self._exclude_seen else self._seen[:, :0]
-        kernels.rank(self._encodings, wanted, self._item_chunks, np.ascontiguousarray(seen), top_items, top_scores)
+        self._ranker.rank(self._encodings, wanted, np.ascontiguousarray(seen), top_items, top_scores)
+
+
+@runtime_checkable
+class Ranker(Protocol):
+    """Finds the k best items of encodings, exactly."""
+
+    def rank(
+        self,
+        encodings: Float32[np.ndarray, "p d"],
+        wanted: Int64[np.ndarray, " m"],
+        seen: Int32[np.ndarray, "n r"],
+        top_items: Int32[np.ndarray, "m k"],
+        top_scores: Float32[np.ndarray, "m k"],
+    ) -> None:
+        """See `kernels.rank`."""
+        ...
+
+
+class ChunkedRanker:
+    """Scores every item in float32, a run of items at a time: for any CPU."""
+
+    def __init__(self, model: LRURec) -> None:
+        self._item_chunks = chunks_of_items(model)
+
+    def rank(
+        self,
+        encodings: Float32[np.ndarray, "p d"],
+        wanted: Int64[np.ndarray, " m"],
+        seen: Int32[np.ndarray, "n r"],
+        top_items: Int32[np.ndarray, "m k"],
+        top_scores: Float32[np.ndarray, "m k"],
+    ) -> None:
+        """See `kernels.rank`."""
+        kernels.rank(encodings, wanted, self._item_chunks, seen, top_items, top_scores)
+
+
+def ranker_of(model: LRURec) -> Ranker:
+    """The fastest that this CPU has the instructions for."""
+    if not filtered_ranking.is_supported():
+        return ChunkedRanker(model)
+    parameters = (model.item_embedding.weight, model.item_bias)
+    table, bias = (parameter.detach().cpu().numpy()[1:] for parameter in parameters)
+    return filtered_ranking.FilteredRanker(table, bias)
 
 
 class TorchEngine:

@@ -1,0 +1,99 @@
+"""The filter may only save work: every list equals that of a full sort, to the bit."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lrurec import filtered_ranking
+from lrurec.byte_kernels import exact_score
+from lrurec.filtered_ranking import FilteredRanker
+
+pytestmark = pytest.mark.skipif(not filtered_ranking.is_supported(), reason="this CPU doesn't multiply bytes (VNNI)")
+
+
+def ranked(table, bias, encodings, wanted, seen, k):
+    items, scores = np.empty((len(wanted), k), np.int32), np.empty((len(wanted), k), np.float32)
+    FilteredRanker(table, bias).rank(encodings, wanted, seen, items, scores)
+    return items, scores
+
+
+def sorted_in_full(table, bias, encoding, seen, k):
+    scores = np.array([exact_score(encoding, row, each) for row, each in zip(table, bias, strict=True)], np.float32)
+    scores[[item - 1 for item in seen if item]] = -np.inf
+    order = np.argsort(-scores, kind="stable")[:k]
+    best = np.full(k, -np.inf, np.float32)
+    best[: len(order)] = scores[order]
+    items = np.zeros(k, np.int32)
+    items[: len(order)] = np.where(np.isneginf(scores[order]), 0, order + 1)
+    return items, best
+
+
+def assert_equal_to_a_full_sort(table, bias, encodings, seen, k):
+    wanted = np.arange(len(encodings))[::-1].copy()
+    items, scores = ranked(table, bias, encodings, wanted, seen, k)
+    for place, row in enumerate(wanted):
+        expected_items, expected_scores = sorted_in_full(table, bias, encodings[row], seen[row], k)
+        assert items[place].tolist() == expected_items.tolist()
+        assert scores[place].tolist() == expected_scores.tolist()
+
+
+@given(
+    items=st.integers(1, 300),
+    width=st.integers(1, 70),
+    rows=st.integers(1, 14),
+    k=st.integers(1, 40),
+    spread=st.sampled_from([0.0, 1e-6, 1e-3, 0.3, 1e4]),
+    bias=st.sampled_from([0.0, 1e-4, 3.0, 1e5]),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=150)
+def test_lists_equal_those_of_a_full_sort_be_items_ever_so_alike(items, width, rows, k, spread, bias, seed):
+    rng = np.random.default_rng(seed)
+    # A common part beside differences of every size: what byte products can't tell apart, float32 must.
+    table = (rng.standard_normal(width) + spread * rng.standard_normal((items, width))).astype(np.float32)
+    table[rng.random(items) < 0.2] = table[0]
+    biases = (bias * rng.standard_normal(items)).round(rng.integers(0, 6)).astype(np.float32)
+    encodings = rng.standard_normal((rows, width)).astype(np.float32)
+    seen = rng.integers(0, items + 1, (rows, 5)).astype(np.int32)
+    assert_equal_to_a_full_sort(table, biases, encodings, seen, k)
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending", "random"])
+def test_a_large_catalogue_in_any_order_is_ranked_right(order):
+    rng = np.random.default_rng(3)
+    table = (0.3 * rng.standard_normal((20_000, 64))).astype(np.float32)
+    bias = (rng.standard_normal(20_000) - 8).astype(np.float32)
+    encodings = rng.standard_normal((7, 64)).astype(np.float32)
+    if order != "random":
+        by_score = np.argsort(table @ encodings[0] + bias)
+        table = table[by_score if order == "ascending" else by_score[::-1]]
+        bias = bias[by_score if order == "ascending" else by_score[::-1]]
+    assert_equal_to_a_full_sort(table, bias, encodings, np.zeros((7, 0), np.int32), 10)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-20, 1e15])
+def test_encodings_of_any_size_are_ranked_right(scale):
+    rng = np.random.default_rng(4)
+    table, bias = rng.standard_normal((200, 16)).astype(np.float32), np.zeros(200, np.float32)
+    encodings = (scale * rng.standard_normal((3, 16))).astype(np.float32)
+    assert_equal_to_a_full_sort(table, bias, encodings, np.zeros((3, 1), np.int32), 10)
+
+
+def test_what_a_row_gets_does_not_depend_on_the_rows_beside_it():
+    rng = np.random.default_rng(5)
+    table, bias = rng.standard_normal((500, 64)).astype(np.float32), rng.standard_normal(500).astype(np.float32)
+    encodings, seen = rng.standard_normal((20, 64)).astype(np.float32), rng.integers(0, 500, (20, 9)).astype(np.int32)
+    together = ranked(table, bias, encodings, np.arange(20), seen, 10)
+    for row in range(20):
+        alone = ranked(table, bias, encodings, np.array([row]), seen, 10)
+        assert np.array_equal(alone[0][0], together[0][row])
+        assert np.array_equal(alone[1][0], together[1][row])
+
+
+def test_an_encoding_that_is_no_number_gives_an_empty_list():
+    table, bias = np.ones((9, 8), np.float32), np.zeros(9, np.float32)
+    encodings = np.full((1, 8), np.nan, np.float32)
+    items, scores = ranked(table, bias, encodings, np.array([0]), np.zeros((1, 0), np.int32), 3)
+    assert not items.any()
+    assert np.isneginf(scores).all()
