@@ -96,7 +96,7 @@ MISTAKES: dict[str, tuple[Callable[[SecuredKafka], dict[str, str]], str]] = {
     ),
 }
 
-DEADLINE_SECONDS = 10
+DEADLINE_SECONDS = 30
 
 
 @pytest.fixture(scope="module")
