@@ -3,6 +3,7 @@
 StreamAppError
 ├── SettingsError        a STREAM_APP_* variable or an option
 ├── BrokerUnavailable    Kafka, or what the embedded broker needs, can't be reached in time
+│   └── AccessRefused    Kafka and this client refuse each other, by TLS or by SASL
 ├── TopicsError          a topic is missing or does not fit
 ├── StateError           a stored user state does not fit this worker
 └── WorkerError          the worker can't start, or had to stop
@@ -19,6 +20,10 @@ class SettingsError(StreamAppError):
 
 class BrokerUnavailable(StreamAppError):
     """Kafka did not answer in time, or could not be started."""
+
+
+class AccessRefused(BrokerUnavailable):
+    """A certificate or a credential does not do; the same settings will be refused again."""
 
 
 class TopicsError(StreamAppError):

@@ -18,6 +18,9 @@ _CHATTY = ("aiokafka", "faust", "mode", "aiohttp", "stream_app.record_batches", 
 #: Seconds for which a library's message is not repeated: aiokafka alone says 75 times a second that Kafka is away.
 _QUIET_SECONDS = 10.0
 
+#: Kafka's number of the request that carries a password, or what one could be guessed from.
+_SASL_AUTHENTICATE = 36
+
 #: Messages that are remembered for it.
 _MESSAGES = 1_000
 
@@ -47,6 +50,18 @@ class OnceInAWhile(logging.Filter):
         return True
 
 
+def hide_credentials(record: logging.LogRecord) -> bool:
+    """Lets every message through; of requests and answers that carry credentials it leaves no more than the name.
+
+    At level debug aiokafka logs whole requests.
+    """
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            type(arg).__name__ if getattr(arg, "API_KEY", None) == _SASL_AUTHENTICATE else arg for arg in record.args
+        )
+    return True
+
+
 def configure_logging(settings: Settings) -> None:
     """Route structlog and the standard library's loggers to stderr in the chosen format."""
     shared: list[structlog.typing.Processor] = [
@@ -66,6 +81,7 @@ def configure_logging(settings: Settings) -> None:
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=_renderers(settings.log_format))
     )
     level = settings.log_level.upper()
+    handler.addFilter(hide_credentials)
     logging.basicConfig(level=level, handlers=[handler], force=True)
     seldom = OnceInAWhile(_QUIET_SECONDS)
     if level != "DEBUG":

@@ -186,6 +186,17 @@ class Settings:
                 f"{PREFIX}SECURITY_PROTOCOL={self.security_protocol} needs "
                 f"{PREFIX}SASL_USERNAME and {PREFIX}SASL_PASSWORD"
             )
+        for prefix, protocols in (("tls_", "SSL or SASL_SSL"), ("sasl_", "SASL_PLAINTEXT or SASL_SSL")):
+            given = [
+                each
+                for each in fields(self)
+                if each.name.startswith(prefix) and getattr(self, each.name) != each.default
+            ]
+            if given and self.security_protocol not in protocols.split(" or "):
+                raise SettingsError(
+                    f"{variable(given[0])} is set, which {PREFIX}SECURITY_PROTOCOL={self.security_protocol} "
+                    f"does not use: set that to {protocols}, or leave {variable(given[0])} out"
+                )
         if bool(self.tls_cert_file) != bool(self.tls_key_file):
             raise SettingsError(f"{PREFIX}TLS_CERT_FILE and {PREFIX}TLS_KEY_FILE go together: set both or neither")
         topics = [self.clicks_topic, self.recommendations_topic, self.dead_letter_topic, self.changelog_topic]
@@ -211,7 +222,7 @@ class Settings:
         try:
             context = ssl.create_default_context(cafile=self.tls_ca_file)
             if self.tls_cert_file and self.tls_key_file:
-                context.load_cert_chain(self.tls_cert_file, self.tls_key_file)
+                context.load_cert_chain(self.tls_cert_file, self.tls_key_file, password=_nobody_types_it)
         except OSError as error:
             files = [str(path) for path in (self.tls_ca_file, self.tls_cert_file, self.tls_key_file) if path]
             raise SettingsError(
@@ -235,6 +246,11 @@ class Settings:
                 "sasl_plain_password": self.sasl_password,
             }
         return connection
+
+
+def _nobody_types_it() -> str:
+    """For keys with a pass phrase, which OpenSSL would ask for at the terminal."""
+    raise OSError("the key has a pass phrase; give it without one, in a file that only this user can read")
 
 
 def variable(setting: Field[Any]) -> str:

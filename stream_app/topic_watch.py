@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import NoReturn
 
-from stream_app.errors import StreamAppError, TopicsError
+from stream_app.errors import AccessRefused, StreamAppError, TopicsError
 from stream_app.settings import Settings
 from stream_app.topic_metadata import NO_ID, TopicMetadata, describe
 from stream_app.topics import FoundTopic, admin_client
 
 
-async def watch_topics(settings: Settings, verified: Mapping[str, FoundTopic], seconds: float) -> NoReturn:
+async def watch_topics(
+    settings: Settings, verified: Mapping[str, FoundTopic], seconds: float, is_ready: Callable[[], bool]
+) -> NoReturn:
     """Look again and again whether the topics are still those that were verified at the start.
 
     Offsets of a topic made anew begin at 0 again: a worker that went on would take its clicks for applied ones.
 
     Raises:
         TopicsError: a topic was deleted or made anew, or got more partitions where their number matters.
+        AccessRefused: Kafka lets this client in no more, and it is not ready: it does not live on older connections.
     """
     missed: set[str] = set()
+    refused = False
     while True:
         await asyncio.sleep(seconds)
         try:
             async with admin_client(settings) as admin:
                 found = await describe(admin, list(verified))
-        except StreamAppError:
+        except StreamAppError as error:
             # Nothing can be said. A broker that stays away is noticed where records are read and written.
+            if refused and isinstance(error, AccessRefused) and not is_ready():
+                raise
+            refused = isinstance(error, AccessRefused)  # once is not enough here either
             continue
+        refused = False
         gone = verified.keys() - found.keys()
         if changed := _changes(settings, verified, found) or _deletions(settings, gone & missed):
             raise TopicsError("; ".join(changed))

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import KafkaConnectionError, KafkaError
+from aiokafka.errors import KafkaConnectionError, KafkaError, NodeNotReadyError
 
 from stream_app.errors import BrokerUnavailable, TopicsError
+from stream_app.refusal import find_refusal
 from stream_app.settings import Settings
 from stream_app.topic_metadata import describe
 
@@ -204,16 +205,22 @@ def _refuse_mismatches(wanted: Sequence[WantedTopic], found: Mapping[str, FoundT
 
 @asynccontextmanager
 async def admin_client(settings: Settings) -> AsyncIterator[AIOKafkaAdminClient]:
-    """An admin client for a block that ends within `broker_timeout_seconds`, with errors an operator can act on."""
+    """An admin client for a block that ends within `broker_timeout_seconds`, with errors an operator can act on.
+
+    Raises:
+        AccessRefused: Kafka does not let this client in, or is not who it should be.
+        BrokerUnavailable: it does not answer, or not as Kafka does.
+    """
     admin = AIOKafkaAdminClient(**settings.kafka_client())
     try:
         async with asyncio.timeout(settings.broker_timeout_seconds):
-            await admin.start()
-            yield admin
+            try:
+                await admin.start()
+                yield admin
+            except (KafkaConnectionError, NodeNotReadyError):
+                raise await find_refusal(settings) or _unavailable(settings, "cannot be reached") from None
     except TimeoutError:
         raise _unavailable(settings, f"did not answer within {settings.broker_timeout_seconds:g} s") from None
-    except KafkaConnectionError:
-        raise _unavailable(settings, "cannot be reached") from None
     except (KafkaError, OSError) as error:
         raise _unavailable(settings, f"cannot be used ({error})") from error
     finally:

@@ -18,7 +18,7 @@ from faust.exceptions import ConsistencyError
 from threadpoolctl import threadpool_limits
 
 from lrurec.errors import LRURecError
-from stream_app.app import Parts, build_parts, is_settled
+from stream_app.app import Parts, build_parts, is_ready, is_settled
 from stream_app.committed import verify_committed
 from stream_app.errors import StreamAppError, TopicsError, WorkerError
 from stream_app.header_names import read_any_header_name
@@ -112,7 +112,9 @@ async def _work(parts: Parts, stop: asyncio.Event, topics: Mapping[str, FoundTop
     progress = asyncio.create_task(report_progress(parts), name="progress")
     starting = asyncio.create_task(parts.app.start(), name="start")  # ends when the states are restored
     stuck = asyncio.create_task(_until_stuck(parts, settings.broker_timeout_seconds + _STUCK_SECONDS), name="stuck")
-    changed = asyncio.create_task(watch_topics(settings, topics, _TOPICS_SECONDS), name="topics")
+    changed = asyncio.create_task(
+        watch_topics(settings, topics, _TOPICS_SECONDS, lambda: is_ready(parts.app)), name="topics"
+    )
     leaving_seconds = _leaving_seconds(settings)
     try:
         await _until_stopped(parts, stop, starting, {pipeline, progress, stuck, changed})

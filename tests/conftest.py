@@ -35,6 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The fast ones first: what starts processes or needs a broker comes last."""
 
     def needs_processes(item: pytest.Item) -> bool:
-        return bool({"dev", "chaos"} & {*item.path.parts}) or "bootstrap" in getattr(item, "fixturenames", ())
+        return bool({"dev", "chaos"} & {*item.path.parts}) or bool(
+            {"bootstrap", "secured"} & {*getattr(item, "fixturenames", ())}
+        )
 
     items.sort(key=needs_processes)

@@ -12,6 +12,7 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from stream_app.dev.kafka.broker import LocalBroker
+from tests.stream_app.secured import SecuredKafka, secured_kafka
 
 CreateTopic = Callable[..., Awaitable[str]]
 
@@ -30,6 +31,13 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalBroker]:
 @pytest.fixture(scope="session")
 def bootstrap(broker: LocalBroker) -> str:
     return broker.bootstrap
+
+
+@pytest.fixture(scope="session")
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredKafka]:
+    """Another Kafka, which asks at its doors for certificates and passwords."""
+    with secured_kafka(tmp_path_factory.mktemp("secured")) as kafka:
+        yield kafka
 
 
 @pytest.fixture

@@ -132,14 +132,17 @@ class WorkerProcess:
 
     def metric(self, name: str) -> float:
         """A metric without labels."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
-            lines = answer.read().decode().splitlines()
+        lines = self.metrics().splitlines()
         return float(next(line.split()[1] for line in lines if line.split()[0] == f"stream_app_{name}"))
+
+    def metrics(self) -> str:
+        """All of them, as Prometheus reads them."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
+            return str(answer.read().decode())
 
     def lag(self) -> float | None:
         """Clicks behind, over all partitions; None while no partition's is known."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
-            lines = answer.read().decode().splitlines()
+        lines = self.metrics().splitlines()
         found = [float(line.split()[1]) for line in lines if line.startswith("stream_app_lag_clicks{")]
         return sum(found) if found else None
 

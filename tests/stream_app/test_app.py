@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stream_app.app import assigned_partitions
+from stream_app.app import assigned_partitions, build_app
+from stream_app.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -19,3 +20,8 @@ from stream_app.app import assigned_partitions
 )
 def test_every_partition_of_the_group_counts_once(distribution, partitions):
     assert assigned_partitions(distribution) == partitions
+
+
+async def test_only_this_user_can_read_the_states(tmp_path):
+    build_app(Settings(state_dir=tmp_path / "state", app_id="shop"), "note")
+    assert oct((tmp_path / "state" / "shop").stat().st_mode & 0o777) == oct(0o700)

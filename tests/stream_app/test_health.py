@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -11,6 +13,7 @@ from stream_app.health import HealthServer
 from stream_app.messages import DeadLetter
 from stream_app.metrics import Metrics, value
 from stream_app.micro_batch import KeyValue, Outbox
+from stream_app.settings import Settings
 
 
 class Worker:
@@ -130,6 +133,27 @@ async def test_an_address_of_another_machine_is_refused(worker, unused_tcp_port)
     with pytest.raises(WorkerError, match=r"can't listen on 203\.0\.113\.1"):
         await server.start("203.0.113.1", unused_tcp_port)
     await server.stop()
+
+
+async def test_unless_told_otherwise_only_this_machine_is_answered(worker, unused_tcp_port):
+    async def is_answered():
+        # An address that is not 127.0.0.1, as any network's would be; Linux has the whole block.
+        reader_and_writer = asyncio.open_connection("127.0.0.2", unused_tcp_port)
+        try:
+            _, writer = await asyncio.wait_for(reader_and_writer, 5)
+        except OSError:
+            return False
+        writer.close()
+        await writer.wait_closed()
+        return True
+
+    for host, answered in [(Settings().web_host, False), ("0.0.0.0", True)]:  # noqa: S104
+        server = HealthServer(worker.metrics, lambda: True, worker.refresh)
+        await server.start(host, unused_tcp_port)
+        try:
+            assert await is_answered() == answered
+        finally:
+            await server.stop()
 
 
 async def test_a_stopped_server_listens_no_more(worker, unused_tcp_port):

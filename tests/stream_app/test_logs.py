@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from aiokafka.protocol.admin import SaslAuthenticateRequest_v0, SaslHandShakeRequest_v1
 
-from stream_app.logs import OnceInAWhile
+from stream_app.logs import OnceInAWhile, hide_credentials
 
 LOGGING = """
 import logging, os
@@ -71,6 +72,16 @@ except OSError:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert "refused" in done.stderr
     assert "hunter2" not in done.stderr
+
+
+def test_requests_that_carry_credentials_are_logged_by_name_alone():
+    record = made("Request to %s:%d %d: %s")
+    record.args = ("kafka", 9092, 3, SaslAuthenticateRequest_v0(b"\0me\0hunter2"))
+    assert hide_credentials(record)
+    assert record.getMessage() == "Request to kafka:9092 3: SaslAuthenticateRequest_v0"
+    record.args = ("kafka", 9092, 3, SaslHandShakeRequest_v1("PLAIN"))
+    assert hide_credentials(record)
+    assert "PLAIN" in record.getMessage()
 
 
 def test_what_the_interpreter_says_itself_is_a_log_line_too():

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 import ssl
-import subprocess
 from contextlib import suppress
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
 import pytest
+import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,9 +65,19 @@ CASES = {
     "tls_key_file": ("/key", Path("/key"), [""], "a path"),
 }
 #: What has to be set beside a field.
+TLS = {"STREAM_APP_SECURITY_PROTOCOL": "SSL"}
+SASL = {
+    "STREAM_APP_SECURITY_PROTOCOL": "SASL_SSL",
+    "STREAM_APP_SASL_USERNAME": "u",
+    "STREAM_APP_SASL_PASSWORD": "p",
+}
 COMPANY = {
-    "tls_cert_file": {"STREAM_APP_TLS_KEY_FILE": "/k"},
-    "tls_key_file": {"STREAM_APP_TLS_CERT_FILE": "/c"},
+    "tls_ca_file": TLS,
+    "tls_cert_file": {"STREAM_APP_TLS_KEY_FILE": "/k", **TLS},
+    "tls_key_file": {"STREAM_APP_TLS_CERT_FILE": "/c", **TLS},
+    "sasl_mechanism": SASL,
+    "sasl_username": SASL,
+    "sasl_password": SASL,
 }
 
 
@@ -74,7 +89,7 @@ def test_every_field_has_a_case_here():
 def test_every_field_is_reached_by_its_variable_and_by_its_option(field):
     text, value, *_ = CASES[field.name]
     company = COMPANY.get(field.name, {})
-    by_variable = Settings.from_environment({f"STREAM_APP_{field.name.upper()}": text} | company)
+    by_variable = Settings.from_environment(company | {f"STREAM_APP_{field.name.upper()}": text})
     by_option = Settings.from_environment(company, **{field.name: text})
     assert getattr(by_variable, field.name) == getattr(by_option, field.name) == value
     assert field.default != value
@@ -201,25 +216,56 @@ def test_a_certificate_file_that_cannot_be_used_is_named(tmp_path, content):
         Settings(security_protocol="SSL", tls_ca_file=file).ssl_context()
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
-def test_mutual_tls_trusts_the_given_authority_alone_and_shows_its_own_certificate(tmp_path):
-    key, certificate, other = tmp_path / "key.pem", tmp_path / "cert.pem", tmp_path / "other.pem"
-    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
-    make = ["openssl", "req", "-x509", *curve, "-nodes", "-days", "2", "-subj", "/CN=test"]
-    subprocess.run([*make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    subprocess.run([*make, "-keyout", other, "-out", tmp_path / "unused.pem"], check=True, capture_output=True)
-    mutual = Settings(security_protocol="SSL", tls_ca_file=certificate, tls_cert_file=certificate, tls_key_file=key)
-    assert len(mutual.ssl_context().get_ca_certs()) == 1
-    wrong = Settings(security_protocol="SSL", tls_ca_file=certificate, tls_cert_file=certificate, tls_key_file=other)
+@pytest.fixture
+def certificate(tmp_path):
+    """Files of an authority, of a certificate that it signed, and of its key."""
+    authority = trustme.CA()
+    leaf = authority.issue_cert("client.example")
+    files = {"ca": authority.cert_pem, "cert": leaf.cert_chain_pems[0], "key": leaf.private_key_pem}
+    for name, content in files.items():
+        content.write_to_path(tmp_path / f"{name}.pem")
+    return {f"tls_{name}_file": tmp_path / f"{name}.pem" for name in files}
+
+
+def test_mutual_tls_trusts_the_given_authority_alone(certificate):
+    assert len(Settings(security_protocol="SSL", **certificate).ssl_context().get_ca_certs()) == 1
+
+
+def test_another_certificates_key_is_refused(certificate):
+    trustme.CA().issue_cert("other.example").private_key_pem.write_to_path(certificate["tls_key_file"])
     with pytest.raises(SettingsError, match=r"key values mismatch"):
-        wrong.ssl_context()
+        Settings(security_protocol="SSL", **certificate).ssl_context()
+
+
+def test_a_key_with_a_pass_phrase_is_refused_and_nobody_is_asked_for_it(certificate):
+    key = load_pem_private_key(certificate["tls_key_file"].read_bytes(), None)
+    locked = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"phrase"))
+    certificate["tls_key_file"].write_bytes(locked)
+    with pytest.raises(SettingsError, match=r"key\.pem can't be used: the key has a pass phrase; give it without one"):
+        Settings(security_protocol="SSL", **certificate).ssl_context()
+
+
+@pytest.mark.parametrize(
+    ("given_", "named", "wanted"),
+    [
+        ({"tls_ca_file": "/ca"}, "TLS_CA_FILE", "SSL or SASL_SSL"),
+        ({"tls_ca_file": "/ca", "security_protocol": "SASL_PLAINTEXT"}, "TLS_CA_FILE", "SSL or SASL_SSL"),
+        ({}, "SASL_USERNAME", "SASL_PLAINTEXT or SASL_SSL"),
+        ({"security_protocol": "SSL"}, "SASL_USERNAME", "SASL_PLAINTEXT or SASL_SSL"),
+    ],
+)
+def test_a_setting_that_the_protocol_does_not_use_is_refused(given_, named, wanted):
+    """Else whoever forgets the protocol believes that the connection is safe."""
+    with pytest.raises(SettingsError, match=f"{named} is set, .* does not use: set that to {wanted}, or") as error:
+        Settings.from_environment({}, sasl_username="me", sasl_password=SECRET, **given_)
+    assert SECRET not in str(error.value)
 
 
 # -- secrets
 
 
 def test_the_password_shows_in_no_text():
-    found = Settings.from_environment({"STREAM_APP_SASL_PASSWORD": SECRET})
+    found = Settings.from_environment(SASL | {"STREAM_APP_SASL_PASSWORD": SECRET})
     assert found.sasl_password == SECRET
     assert SECRET not in repr(found)
     assert SECRET not in str(found)

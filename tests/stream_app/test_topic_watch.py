@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from aiokafka.admin import NewPartitions
 
-from stream_app.errors import TopicsError
+from stream_app.errors import AccessRefused, TopicsError
 from stream_app.settings import Settings
 from stream_app.topic_metadata import NO_ID, describe
 from stream_app.topic_watch import find_change, watch_topics
@@ -27,9 +27,13 @@ def settings(bootstrap, unique_name):
     )
 
 
+def never_ready() -> bool:
+    return False
+
+
 async def changed(settings, verified, change) -> str:
     """What the watch says after a change, which it has to notice in a few seconds."""
-    watch = asyncio.create_task(watch_topics(settings, verified, 0.05))
+    watch = asyncio.create_task(watch_topics(settings, verified, 0.05, never_ready))
     await asyncio.sleep(0.3)
     assert not watch.done()
     await change
@@ -54,7 +58,7 @@ async def test_a_topic_made_anew_under_a_running_worker_is_told_from_the_one_bef
     verified = await verify_topics(settings)
     await recreate(settings.clicks_topic, partitions=settings.partitions)
     with pytest.raises(TopicsError, match=rf"{settings.clicks_topic} was deleted and made anew .*STREAM_APP_APP_ID"):
-        await asyncio.wait_for(watch_topics(settings, verified, 0.05), 20)
+        await asyncio.wait_for(watch_topics(settings, verified, 0.05, never_ready), 20)
 
 
 @pytest.mark.parametrize("topic", ["clicks_topic", "changelog_topic", "recommendations_topic", "dead_letter_topic"])
@@ -95,7 +99,7 @@ async def test_a_topic_that_is_missed_once_is_not_taken_for_deleted(settings, mo
         return {} if len(looks) == 2 else found
 
     monkeypatch.setattr("stream_app.topic_watch.describe", overlook_once)
-    watch = asyncio.create_task(watch_topics(settings, verified, 0.02))
+    watch = asyncio.create_task(watch_topics(settings, verified, 0.02, never_ready))
     async with asyncio.timeout(20):
         while len(looks) < 5:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
@@ -108,10 +112,41 @@ async def test_an_id_that_kafka_begins_to_give_is_no_change(settings, monkeypatc
     verified = await verify_topics(settings)
     without = {name: replace(topic, id=NO_ID) for name, topic in verified.items()}
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(watch_topics(settings, without, 0.05), 1)
+        await asyncio.wait_for(watch_topics(settings, without, 0.05, never_ready), 1)
 
 
 async def test_a_kafka_that_is_away_says_nothing_about_its_topics(settings, unused_tcp_port):
     away = replace(settings, broker=f"127.0.0.1:{unused_tcp_port}", broker_timeout_seconds=0.2)
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(watch_topics(away, {"clicks": FoundTopic(b"", 1, "delete", 1_000)}, 0.05), 1)
+        await asyncio.wait_for(
+            watch_topics(away, {"clicks": FoundTopic(b"", 1, "delete", 1_000)}, 0.05, never_ready), 1
+        )
+
+
+@pytest.fixture
+def locked_out(secured):
+    """Settings of a worker whose password has been changed."""
+    options = secured.sasl("SASL_OPEN", "PLAIN", password="the old one")  # noqa: S106
+    return Settings.from_environment({}, **{name.lower(): value for name, value in options.items()})
+
+
+async def test_a_worker_that_kafka_lets_in_no_more_learns_why(locked_out):
+    with pytest.raises(AccessRefused, match=r"does not let user 'shop' in .*STREAM_APP_SASL_PASSWORD"):
+        await asyncio.wait_for(watch_topics(locked_out, {}, 0.05, never_ready), 20)
+
+
+async def test_a_worker_that_lives_on_older_connections_is_left_alone(locked_out):
+    looks = 0
+
+    def ready():
+        nonlocal looks
+        looks += 1
+        return True
+
+    watch = asyncio.create_task(watch_topics(locked_out, {}, 0.05, ready))
+    async with asyncio.timeout(20):
+        while looks < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    assert not watch.done()
+    watch.cancel()
+    await asyncio.gather(watch, return_exceptions=True)

@@ -96,6 +96,11 @@ async def test_a_second_broker_on_a_running_brokers_folder_is_refused(broker):
     assert broker.process.exit_code() is None
 
 
+def test_only_this_user_can_read_what_the_broker_keeps(broker):
+    for folder in (broker.data_dir, broker.data_dir / "kafka"):
+        assert oct(folder.stat().st_mode & 0o777) == oct(0o700)
+
+
 async def test_data_survive_a_sigkill_and_a_format_that_was_cut_short(tmp_path):
     broker = LocalBroker(tmp_path, port=0)
     broker.start()
