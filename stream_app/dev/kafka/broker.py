@@ -22,7 +22,7 @@ import struct
 import subprocess
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -40,6 +40,7 @@ START_SECONDS = 60.0
 STOP_SECONDS = 10.0
 
 _HOST = "127.0.0.1"
+_OWN = "PLAINTEXT"  # the listener that is always there, and its protocol
 _PORT_TRIES = 5
 _POLL_SECONDS = 0.05
 _TROUBLE = re.compile(r"ERROR|Error|Exception")
@@ -50,9 +51,9 @@ _PROPERTIES = """\
 process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@{host}:{controller_port}
-listeners=PLAINTEXT://{host}:{port},CONTROLLER://{host}:{controller_port}
-advertised.listeners=PLAINTEXT://{host}:{port}
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+listeners=CONTROLLER://{host}:{controller_port},{listeners}
+advertised.listeners={listeners}
+listener.security.protocol.map=CONTROLLER:PLAINTEXT,{protocols}
 inter.broker.listener.name=PLAINTEXT
 controller.listener.names=CONTROLLER
 log.dirs={log_dir}
@@ -93,14 +94,28 @@ class LocalBroker:
         *,
         port: int = DEFAULT_PORT,
         heap_mb: int = DEFAULT_HEAP_MB,
+        listeners: Mapping[str, str] | None = None,
+        properties: Mapping[str, str] | None = None,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Port 0 means a free one, chosen at start. `report` is told what a start is busy with."""
+        """Not started yet.
+
+        Args:
+            data_dir: made if it is not there.
+            port: of the listener PLAINTEXT; 0 means a free one, chosen at start.
+            heap_mb: Java heap.
+            listeners: further ones, name → security protocol, each on a free port.
+            properties: further lines of server.properties, or other values for its own.
+            report: is told what a start is busy with.
+        """
         self.data_dir = data_dir
         self.log_file = data_dir / "broker.log"
         self._wanted_port = port
         self._port = port
         self._heap_mb = heap_mb
+        self._listeners = dict(listeners or {})
+        self._ports: dict[str, int] = {}
+        self._properties = dict(properties or {})
         self._report = report
         self._process: GuardedProcess | None = None
         self._lock: int | None = None
@@ -110,6 +125,10 @@ class LocalBroker:
     def bootstrap(self) -> str:
         """`HOST:PORT` for clients; the port is known once it has started."""
         return f"{_HOST}:{self._port}"
+
+    def port_of(self, listener: str) -> int:
+        """The port of one of the further listeners, known once it has started."""
+        return self._ports[listener]
 
     @property
     def process(self) -> GuardedProcess | None:
@@ -241,15 +260,16 @@ class LocalBroker:
 
     def _write_properties(self) -> Path:
         file = self.data_dir / "server.properties"
-        _write_whole(
-            file,
-            _PROPERTIES.format(
-                host=_HOST,
-                port=self._port,
-                controller_port=_free_port(),
-                log_dir=str((self.data_dir / "kafka").absolute()).replace("\\", "\\\\"),
-            ),
+        self._ports = {name: _free_port() for name in self._listeners}
+        own = _PROPERTIES.format(
+            host=_HOST,
+            controller_port=_free_port(),
+            listeners=",".join(f"{name}://{_HOST}:{port}" for name, port in {_OWN: self._port, **self._ports}.items()),
+            protocols=",".join(f"{name}:{kind}" for name, kind in {_OWN: _OWN, **self._listeners}.items()),
+            log_dir=_escaped(str((self.data_dir / "kafka").absolute())),
         )
+        # Of two lines with one name Java takes the last.
+        _write_whole(file, own + "".join(f"{name}={_escaped(value)}\n" for name, value in self._properties.items()))
         return file
 
     def _format_once(self, java: Java, jars: list[Path], properties: Path, deadline: Deadline) -> None:
@@ -324,6 +344,11 @@ class PortTaken(BrokerUnavailable):
 
     def __init__(self, port: int) -> None:
         super().__init__(f"port {port} on {_HOST} is taken; name another with --port, or --port 0 for a free one")
+
+
+def _escaped(value: str) -> str:
+    """A value of a Java properties file, where a backslash begins an escape."""
+    return value.replace("\\", "\\\\")
 
 
 def _write_whole(file: Path, text: str) -> None:
