@@ -136,7 +136,7 @@ class Accidents:
         async with self._broker_at_work:
             self._stage.broker.kill()
             await asyncio.sleep(away_seconds)
-            await asyncio.to_thread(self._stage.broker.start)
+            await self._stage.start_broker()
         self._counts.broker_restarts += 1
 
     async def _shake(self, slot: int, shake: Callable[[], Awaitable[None]]) -> None:

@@ -31,6 +31,7 @@ REQUEST_SECONDS = 5
 _GOLDEN = Path(__file__).parents[1] / "lrurec" / "golden" / "public_large_d64_b2.npz"
 _LISTENER = "PROXIED"
 
+_BROKER_SECONDS = 180
 _END_SECONDS = 25
 _BACK_OFF_SECONDS = 0.5
 _ATTEMPTS = 12
@@ -73,7 +74,7 @@ class Stage:
         async with AsyncExitStack() as stack:
             save_bundle(self.site.bundle, convert(_GOLDEN))
             stack.callback(self.broker.kill)
-            await asyncio.to_thread(self.broker.start)
+            await self.start_broker()
             await stack.enter_async_context(self.proxy)
             await asyncio.to_thread(self.site.create_topics)
             for slot in range(SLOTS):
@@ -88,6 +89,9 @@ class Stage:
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
+
+    async def start_broker(self) -> None:
+        await asyncio.to_thread(self.broker.start, _BROKER_SECONDS)
 
     async def start(self, slot: int, **chaos: Any) -> Worker:
         disk = self.disks[slot]
