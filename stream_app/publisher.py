@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError
+from aiokafka.errors import InvalidTimestampError, KafkaError, MessageSizeTooLargeError
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from stream_app.errors import BrokerUnavailable, WorkerError, foreign_record
@@ -188,5 +188,10 @@ async def acknowledged(futures: Sequence[asyncio.Future[Any]], what: str, timeou
             return list(await asyncio.gather(*futures))
     except TimeoutError:
         raise WorkerError(f"Kafka did not acknowledge {what} within {timeout_seconds:g} seconds") from None
+    except InvalidTimestampError:
+        raise WorkerError(
+            f"Kafka refused {what}, whose time lies too far from its own: set this machine's clock, or give the topic "
+            "message.timestamp.type=LogAppendTime, as `stream-app topics` does where it creates one"
+        ) from None
     except KafkaError as error:
         raise WorkerError(f"Kafka refused {what}: {error!r}") from None

@@ -49,7 +49,9 @@ _OVERTAKEN = b"\xff\xffovertaken\xff"  # before a user's key: an older state of 
 _IN_USE = re.compile("While lock file|lock hold by current process")
 
 # What it says where the disk or its owner has to be helped first; setting the database aside would not.
-_UNUSABLE = re.compile("No space left|quota exceeded|Read-only file system|Permission denied|Too many open files")
+_UNUSABLE = re.compile(
+    "No space left|quota exceeded|File too large|Read-only file system|Permission denied|Too many open files"
+)
 
 _OFFSET = struct.Struct("<q")
 

@@ -23,6 +23,8 @@ from stream_app.topic_metadata import describe
 
 _POLICY = "cleanup.policy"
 _MAX_BYTES = "max.message.bytes"
+# What a worker writes gets Kafka's time: by the worker's own, Kafka would refuse it when that clock is an hour ahead.
+_KAFKAS_TIME = {"message.timestamp.type": "LogAppendTime"}
 _POLL_SECONDS = 0.05
 _MOST_REPLICAS = 3
 _UNKNOWN_TOPIC, _ALREADY_EXISTS = 3, 36  # Kafka's error codes
@@ -71,7 +73,7 @@ class TopicOutcome:
 
 def wanted_topics(settings: Settings) -> tuple[WantedTopic, ...]:
     """Clicks and dead letters are kept as long as the broker keeps topics by default; the other two are compacted."""
-    compacted = {"segment.bytes": str(_COMPACTED_SEGMENT_BYTES)}
+    compacted = {"segment.bytes": str(_COMPACTED_SEGMENT_BYTES), **_KAFKAS_TIME}
     return (
         WantedTopic(
             settings.clicks_topic,
@@ -94,7 +96,7 @@ def wanted_topics(settings: Settings) -> tuple[WantedTopic, ...]:
             partitions_matter=False,
             policies=("delete",),
             why="a compacted topic refuses letters without a key",
-            configs={_MAX_BYTES: str(_DEAD_LETTER_BYTES)},
+            configs={_MAX_BYTES: str(_DEAD_LETTER_BYTES), **_KAFKAS_TIME},
         ),
         WantedTopic(
             settings.changelog_topic,

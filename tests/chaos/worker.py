@@ -1,16 +1,118 @@
-"""`stream-app worker` that kills or freezes itself at a named point, or is wrong on purpose: the harness starts it."""
+"""Workers that kill or freeze themselves at a named point, live with a clock that jumps, or are wrong on purpose.
+
+Each is `stream-app worker`, forked from this one process that has imported all they need: on two cores most of a run
+would go into imports. What is asked comes as JSON, one line a worker, and so do the answers:
+
+    → {"id": 7, "log": "worker.log", "environment": {…}, "chaos": {"point": "changelog sent", "count": 3, "signal": 9}}
+    ← {"id": 7, "pid": 4711}
+    ← {"id": 7, "exit_code": -9}
+
+Ends when its input does, and its workers with it.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import resource
+import select
+import signal
+import sys
+from typing import Any, NoReturn
 
+import stream_app.worker  # noqa: F401  (what a worker would import)
 from stream_app.cli import main
+from stream_app.state_table import UserStateStore
+from tests.chaos.clock import let_jump
 from tests.chaos.mutations import MUTATIONS
 from tests.chaos.points import signal_at
 
-if __name__ == "__main__":
-    if mutation := os.environ.get("CHAOS_MUTATION"):
+
+def fork_workers() -> None:
+    """Until the end of the input."""
+    ids: dict[int, int] = {}
+    """Process id → id."""
+    awake, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    orders = b""
+    while True:
+        ready, _, _ = select.select([0, awake], [], [])
+        if awake in ready:
+            os.read(awake, 4096)
+            _bury(ids)
+        if 0 in ready:
+            if not (received := os.read(0, 1 << 16)):
+                break
+            *lines, orders = (orders + received).split(b"\n")
+            for order in map(json.loads, lines):
+                pid = os.fork()
+                if not pid:
+                    _be_a_worker(order)
+                ids[pid] = order["id"]
+                _answer(id=order["id"], pid=pid)
+    for pid in ids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _bury(ids: dict[int, int]) -> None:
+    while ids:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            return
+        _answer(id=ids.pop(pid), exit_code=os.waitstatus_to_exitcode(status))
+
+
+def _answer(**answer: int) -> None:
+    os.write(1, json.dumps(answer).encode() + b"\n")
+
+
+def _be_a_worker(order: dict[str, Any]) -> NoReturn:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    log = os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    for descriptor, file in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
+        os.dup2(file, descriptor)
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    _become_chaotic(**order["chaos"])
+    sys.exit(main(["worker"]))
+
+
+def _become_chaotic(
+    *,
+    mutation: str = "",
+    point: str = "",
+    count: int = 0,
+    signal: int = 0,
+    hours: list[float] | None = None,
+    hours_seconds: float = 1,
+    largest_file: int | None = None,
+) -> None:
+    _tell_rebalances()
+    if mutation:
         MUTATIONS[mutation]()
-    if point := os.environ.get("CHAOS_POINT"):
-        signal_at(point, int(os.environ["CHAOS_COUNT"]), int(os.environ["CHAOS_SIGNAL"]))
-    main(["worker"])
+    if point:
+        signal_at(point, count, signal)
+    if hours:
+        let_jump(hours, hours_seconds)
+    if largest_file is not None:  # Python ignores the signal that comes with it
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
+
+def _tell_rebalances() -> None:
+    """A line in the log for each, with the number that Kafka gave it: they are counted by it."""
+    on_rebalance = UserStateStore.on_rebalance
+
+    @functools.wraps(on_rebalance)
+    async def and_tell(self: Any, assigned: Any, revoked: Any, newly_assigned: Any, generation_id: int = 0) -> None:
+        sys.stderr.write(f'{{"event": "rebalance", "generation": {generation_id}}}\n')
+        await on_rebalance(self, assigned, revoked, newly_assigned, generation_id)
+
+    UserStateStore.on_rebalance = and_tell  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    fork_workers()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -231,6 +232,17 @@ async def test_what_kafka_refuses_is_an_error_that_names_it(create_topic, publis
     publisher = await publisher_to(topic)
     futures = await publisher.send(topic, publisher.pack(topic, [KeyValue(b"u", bytes(5000))], TIME_MS))
     with pytest.raises(WorkerError, match=r"Kafka refused recommendations: .*MessageSizeTooLarge"):
+        await acknowledged(futures, "recommendations", 30)
+
+
+async def test_a_clock_too_far_ahead_for_kafka_is_an_error_that_says_what_to_do(create_topic, publisher_to):
+    topic = await create_topic("recommendations")
+    publisher = await publisher_to(topic)
+    hours_ahead = int(time.time() + 5 * 3600) * 1000
+    futures = await publisher.send(topic, publisher.pack(topic, [KeyValue(b"u", b"list")], hours_ahead))
+    with pytest.raises(
+        WorkerError, match=r"Kafka refused recommendations, whose time .*: set this machine's clock, or"
+    ):
         await acknowledged(futures, "recommendations", 30)
 
 

@@ -6,12 +6,13 @@ import asyncio
 import itertools
 import logging
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from lrurec.user_state import StateLayout
 from stream_app.errors import StateError
 from stream_app.state_table import StoreOptions, UserStateStore, restore_rows, user_state_table
 from stream_app.topic_metadata import NO_ID
+from tests.chaos.disks import Disk
 
 LAYOUT = StateLayout("0123456789abcdef", blocks=1, channels=2, recent_capacity=3)
 CHANGELOG = "app-user_state-changelog"
@@ -467,6 +469,61 @@ except Exception as error:
     assert done.stdout.startswith(f"StateError the state folder {database} can't be used (IO error: "), done
     assert "see to its disk" in done.stdout
     assert not list(database.parent.glob("*set-aside*"))
+
+
+async def write_until_it_is_refused(folder: Path) -> None:
+    store = make_store(folder)
+    try:
+        await assign(store, 0)
+        for number in itertools.count(1):
+            store.persist(0, [(b"%d" % user, state(number)) for user in range(20)], number)
+    finally:
+        await store.stop()
+
+
+async def assert_whole_and_in_place(folder: Path, database: Path) -> None:
+    store = await assign_in(folder)
+    states, offset = read_all(store)
+    await store.stop()
+    assert states == {b"%d" % user: state(offset) for user in range(20)}
+    assert [path.name for path in database.parent.iterdir()] == [database.name]  # nothing was set aside
+
+
+@pytest.fixture
+async def disk(tmp_path):
+    disk = await Disk.make(tmp_path)
+    yield disk
+    await disk.close()
+
+
+@contextmanager
+def largest_file(size: int):
+    """Files of this process can't grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+async def test_a_full_disk_is_named_wherever_it_is_met_and_all_is_there_once_it_has_room(disk):
+    if not disk.is_real:
+        pytest.skip("this machine lets nobody but root mount a disk; limits on files are tested below")
+    folder = disk.folder / "state"
+    for room in (1 << 20, 0, 12 << 10, 24 << 10, 28 << 10, 32 << 10, 36 << 10):
+        await disk.fill(room)
+        with pytest.raises(StateError, match=r"No space left.*: see to its disk and start the worker again"):
+            await write_until_it_is_refused(folder)
+        await disk.make_room()
+        await assert_whole_and_in_place(folder, folder / "v1" / "tables" / "user_state" / "0")
+
+
+async def test_files_that_may_not_grow_are_a_full_disk(tmp_path, database):
+    for size in (256 << 10, *range(0, 60 << 10, 4 << 10)):
+        with largest_file(size), pytest.raises(StateError, match=r"File too large.*: see to its disk and start"):
+            await write_until_it_is_refused(tmp_path)
+        await assert_whole_and_in_place(tmp_path, database)
 
 
 # -- recovery

@@ -6,6 +6,7 @@ import re
 import time
 
 import pytest
+from aiokafka import AIOKafkaProducer
 from aiokafka.admin import NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
@@ -66,6 +67,19 @@ async def test_a_dead_letter_has_room_for_the_largest_click_and_its_headers(sett
         [response] = await admin.describe_configs([resource])
         sizes[name] = int(response.resources[0][4][0][1])
     assert sizes[settings.dead_letter_topic] > sizes[settings.clicks_topic]
+
+
+async def test_what_a_worker_writes_gets_kafkas_time_and_not_that_of_its_clock(settings, bootstrap):
+    await ensure_topics(settings)
+    hours_ahead = int(time.time() + 5 * 3600) * 1000
+    client = AIOKafkaProducer(bootstrap_servers=bootstrap)
+    await client.start()
+    try:
+        for topic in (settings.recommendations_topic, settings.dead_letter_topic, settings.changelog_topic):
+            written = await client.send_and_wait(topic, b"value", b"key", timestamp_ms=hours_ahead)
+            assert abs(written.timestamp / 1000 - time.time()) < 600
+    finally:
+        await client.stop()
 
 
 async def test_missing_topics_are_named_with_the_command_that_creates_them(settings):
