@@ -87,8 +87,8 @@ class Stage:
             self._stack = stack.pop_all()
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._stack.aclose()
+    async def __aexit__(self, *error: Any) -> None:
+        await self._stack.__aexit__(*error)
 
     async def start_broker(self) -> None:
         await asyncio.to_thread(self.broker.start, _BROKER_SECONDS)

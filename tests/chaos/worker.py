@@ -37,6 +37,14 @@ def fork_workers() -> None:
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
+    try:
+        _serve(ids, awake)
+    finally:
+        for pid in ids:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _serve(ids: dict[int, int], awake: int) -> None:
     orders = b""
     while True:
         ready, _, _ = select.select([0, awake], [], [])
@@ -45,16 +53,15 @@ def fork_workers() -> None:
             _bury(ids)
         if 0 in ready:
             if not (received := os.read(0, 1 << 16)):
-                break
+                return
             *lines, orders = (orders + received).split(b"\n")
             for order in map(json.loads, lines):
                 pid = os.fork()
                 if not pid:
+                    ids.clear()  # they are its siblings
                     _be_a_worker(order)
                 ids[pid] = order["id"]
                 _answer(id=order["id"], pid=pid)
-    for pid in ids:
-        os.kill(pid, signal.SIGKILL)
 
 
 def _bury(ids: dict[int, int]) -> None:

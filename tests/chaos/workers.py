@@ -17,8 +17,8 @@ from typing import Any, Self
 
 from tests.chaos.errors import ChaosError
 
-_READY_SECONDS = 60
-_START_SECONDS = 30
+_READY_SECONDS = 90
+_START_SECONDS = 120
 _KILLED_SECONDS = 10
 _LOOK_SECONDS = 0.05
 
@@ -39,7 +39,7 @@ class Worker:
         return self.ended.result() if self.ended.done() else None
 
     def send(self, number: signal.Signals) -> None:
-        if self.exit_code is None:
+        if self.exit_code is None and self.pid.done():
             with suppress(ProcessLookupError):
                 os.kill(self.pid.result(), number)
 
@@ -120,7 +120,7 @@ class Workers:
         assert self._nursery.stdin is not None
         self._nursery.stdin.close()
         try:
-            async with asyncio.timeout(_KILLED_SECONDS):
+            async with asyncio.timeout(_START_SECONDS):
                 await self._nursery.wait()
         finally:
             self._listening.cancel()
@@ -132,8 +132,9 @@ class Workers:
         self._workers[number] = worker
         order = {"id": number, "log": str(log), "environment": dict(environment), "chaos": chaos}
         self._nursery.stdin.write(json.dumps(order).encode() + b"\n")
-        async with asyncio.timeout(_START_SECONDS):
-            await worker.pid
+        await asyncio.wait({worker.pid}, timeout=_START_SECONDS)
+        if not worker.pid.done():
+            raise ChaosError(f"no worker was forked within {_START_SECONDS} s")
         return worker
 
     async def _listen(self) -> None:
