@@ -3,8 +3,8 @@
     python -m benchmarks.poison                      a million malformed messages among a million clicks, three rounds
     python -m benchmarks.poison --messages 20000 --rounds 1
 
-A round works both backlogs off in turn, each by a fresh worker on the same real broker. Counted is what a consumer could
-read: recommendations and dead letters, from the first of them to the last. Then `stream-app verify` has to be clean, and
+A round works both backlogs off in turn, each by a fresh worker on the same real broker. Counted is what a consumer
+could read: recommendations and dead letters, from the first to the last. Then `stream-app verify` has to be clean, and
 every malformed message has to be in the dead letters as it was: key, value and headers, found by the partition and
 offset that its letter names.
 """
@@ -98,7 +98,7 @@ async def produce(bootstrap: str, topic: str, size: int) -> None:
     await create_topics(bootstrap, {topic: "delete"})
     publisher = Publisher(Settings(broker=bootstrap).kafka_client())
     await publisher.start([topic])
-    rng = random.Random(0)
+    rng = random.Random(0)  # noqa: S311
     try:
         for first in range(0, size, CHUNK):
             numbers = range(first, min(first + CHUNK, size))

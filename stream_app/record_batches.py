@@ -27,8 +27,8 @@ from stream_app.messages import Record
 #: Clicks that may be on their way through the worker, at least; for large micro-batches two of them.
 _LEAST_ROOM = 16_384
 
-#: Bytes of records that may be on their way. Clicks come nowhere near it; records of a megabyte are no clicks, but 16,384
-#: of them would take all memory there is.
+#: Bytes of records that may be on their way. Clicks come nowhere near it; records of a megabyte are no clicks, but
+#: 16,384 of them would take all memory there is.
 _MOST_BYTES = 64 << 20
 
 
