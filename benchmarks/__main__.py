@@ -1,6 +1,6 @@
-"""`make bench`: every measurement, one after the other."""
+"""`make bench`: every measurement but the long ones (quality, killed_training, rebalance, memory), one by one."""
 
-from benchmarks import backlog, golden, ranking, step, training
+from benchmarks import backlog, golden, poison, ranking, recovery, step, training
 
 if __name__ == "__main__":
     golden.main()
@@ -8,3 +8,5 @@ if __name__ == "__main__":
     ranking.main()
     training.main()
     backlog.main()
+    recovery.main()
+    poison.main()

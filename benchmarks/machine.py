@@ -1,6 +1,8 @@
 """What the figures were measured on."""
 
+import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -11,3 +13,15 @@ def processor() -> str:
         return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def machine(*packages: str) -> str:
+    """The processor, its cores, and the versions of Python and these packages, in one line."""
+    versions = {name: version(name) for name in packages}
+    return f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
+
+
+def resident_mb(process: int, field: str = "VmRSS") -> float:
+    """Resident memory of a process in MB (10^6 bytes); `VmHWM` is the most it ever had. Linux only."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024 / 1e6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaProducer
@@ -121,30 +121,77 @@ class Publisher:
         return offsets_of(batches, await acknowledged(sent, f"records for {topic}", self._timeout_seconds))
 
     async def send_dead_letters(self, topic: str, letters: Sequence[DeadLetter]) -> list[asyncio.Future[Any]]:
-        """Hand dead letters over; the futures resolve when Kafka has acknowledged them."""
-        return [asyncio.ensure_future(self._send_dead_letter(topic, letter)) for letter in letters]
+        """Hand dead letters over in batches, in order for each partition; those without a key go to one partition.
 
-    async def _send_dead_letter(self, topic: str, letter: DeadLetter) -> None:
-        if letter.key is not None or letter.value is not None:  # `send` takes no record without both
-            try:
-                await self._dead_letter_producer.send_and_wait(topic, letter.value, letter.key, headers=letter.headers)
-                return None
-            except MessageSizeTooLargeError:
-                pass  # alone, or because of its neighbours in the batch
+        The futures resolve when Kafka has acknowledged them.
+
+        Raises:
+            WorkerError: the batch before one of these did not get out in time.
+        """
+        by_partition: dict[int, list[DeadLetter]] = {}
+        keys = [letter.key or b"" for letter in letters]
+        for partition, letter in zip(partitions_of(keys, self._partitions[topic]).tolist(), letters, strict=True):
+            by_partition.setdefault(partition, []).append(letter)
+        try:
+            return [
+                asyncio.ensure_future(self._see_through(topic, partition, part, await self._hand_over(topic, batch)))
+                for partition, rows in by_partition.items()
+                for batch, part in self._pack_dead_letters(partition, rows)
+            ]
+        except KafkaError as error:
+            raise WorkerError(f"Kafka takes no more records for {topic}: {error!r}") from None
+
+    def _pack_dead_letters(
+        self, partition: int, letters: Sequence[DeadLetter]
+    ) -> Iterator[tuple[Batch, list[DeadLetter]]]:
+        """Record batches, each with the letters that it holds."""
+        batch, inside = Batch(partition, self._dead_letter_producer.create_batch()), list[DeadLetter]()
+        for letter in letters:
+            if not _add(letter, batch):
+                yield batch, inside
+                batch, inside = Batch(partition, self._dead_letter_producer.create_batch()), []
+                _add(letter, batch)
+            inside.append(letter)
+        yield batch, inside
+
+    async def _hand_over(self, topic: str, batch: Batch) -> asyncio.Future[Any]:
+        sent: asyncio.Future[Any] = await self._dead_letter_producer.send_batch(
+            batch.records, topic, partition=batch.partition
+        )
+        return sent
+
+    async def _see_through(
+        self, topic: str, partition: int, letters: Sequence[DeadLetter], sent: asyncio.Future[Any]
+    ) -> None:
+        """Wait until these letters are acknowledged; where they are too large together, send each half by itself."""
+        try:
+            await sent
+        except MessageSizeTooLargeError:
+            if len(letters) == 1:
+                return await self._send_cut_down(topic, partition, letters[0])
+            half = len(letters) // 2
+            for part in (letters[:half], letters[half:]):
+                await self._send_together(topic, partition, part)
+
+    async def _send_together(self, topic: str, partition: int, letters: Sequence[DeadLetter]) -> None:
+        for batch, part in self._pack_dead_letters(partition, letters):
+            await self._see_through(topic, partition, part, await self._hand_over(topic, batch))
+
+    async def _send_cut_down(self, topic: str, partition: int, letter: DeadLetter) -> None:
         # It fitted its own topic, compressed or with a larger limit, but not this one. The stream goes on all the same.
-        for smaller in (letter, _without_value(letter), _without_content(letter)):
+        for smaller in (_without_value(letter), _without_content(letter)):
+            batch = Batch(partition, self._dead_letter_producer.create_batch())
+            _add(smaller, batch)
             try:
-                return await self._send_alone(topic, smaller)
+                return await (await self._hand_over(topic, batch))
             except MessageSizeTooLargeError:
                 continue
         raise MessageSizeTooLargeError(f"not even the reason of a dead letter fits {topic}")
 
-    async def _send_alone(self, topic: str, letter: DeadLetter) -> None:
-        batch = self._dead_letter_producer.create_batch()
-        batch.append(key=letter.key, value=letter.value, timestamp=None, headers=letter.headers)
-        batch.close()
-        [partition] = partitions_of([letter.key or b""], self._partitions[topic]).tolist()
-        await (await self._dead_letter_producer.send_batch(batch, topic, partition=partition))
+
+def _add(letter: DeadLetter, batch: Batch) -> bool:
+    """Whether the batch had room for it; an empty one has for a letter of any size."""
+    return batch.records.append(key=letter.key, value=letter.value, timestamp=None, headers=letter.headers) is not None
 
 
 def _without_value(letter: DeadLetter) -> DeadLetter:

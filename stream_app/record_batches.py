@@ -27,6 +27,10 @@ from stream_app.messages import Record
 #: Clicks that may be on their way through the worker, at least; for large micro-batches two of them.
 _LEAST_ROOM = 16_384
 
+#: Bytes of records that may be on their way. Clicks come nowhere near it; records of a megabyte are no clicks, but
+#: 16,384 of them would take all memory there is.
+_MOST_BYTES = 64 << 20
+
 
 class RecordBatchSchema(Schema):
     """Passes a batch's records on as they are: the agent and the table decode them in bulk."""
@@ -70,6 +74,8 @@ class RecordBatchConsumer(driver.Consumer):
         super().__init__(*args, **kwargs)
         #: A poll brings no more clicks while this many are delivered and not yet acknowledged.
         self.max_unacknowledged = max(_LEAST_ROOM, 2 * (self.app.conf.broker_max_poll_records or 0))
+        #: Nor while these have that many bytes.
+        self.max_unacknowledged_bytes = _MOST_BYTES
         self._polling = asyncio.Lock()
         self._acknowledged = asyncio.Event()
         # Weak: what Faust drops from its queues at a rebalance leaves by itself.
@@ -102,17 +108,19 @@ class RecordBatchConsumer(driver.Consumer):
                 yield tp, message
 
     async def _has_room(self, timeout: float) -> bool:
-        if self._unacknowledged() < self.max_unacknowledged:
+        if self._is_below_limits():
             return True
         self._acknowledged.clear()
         try:
             await asyncio.wait_for(self._acknowledged.wait(), timeout)
         except TimeoutError:
             return False
-        return self._unacknowledged() < self.max_unacknowledged
+        return self._is_below_limits()
 
-    def _unacknowledged(self) -> int:
-        return sum(len(cast("Sequence[Record]", message.value)) for message in self._delivered)
+    def _is_below_limits(self) -> bool:
+        records = sum(len(cast("Sequence[Record]", message.value)) for message in self._delivered)
+        size = sum(message.serialized_value_size for message in self._delivered)
+        return records < self.max_unacknowledged and size < self.max_unacknowledged_bytes
 
     def _to_message(self, tp: TP, records: Sequence[Any]) -> ConsumerMessage:
         last = records[-1]
@@ -126,6 +134,7 @@ class RecordBatchConsumer(driver.Consumer):
             None,
             cast("bytes", records),  # Faust's types know of one record's bytes only
             None,
+            serialized_value_size=sum(map(_bytes_of, records)),
             tp=tp,
             generation_id=self.app.consumer_generation_id,
         )
@@ -269,6 +278,11 @@ class RecordBatchTransport(driver.Transport):
 
     commit_note: str = ""
     """What the group's committed offsets carry as metadata."""
+
+
+def _bytes_of(record: Record) -> int:
+    size = len(record.key or b"") + len(record.value or b"")
+    return size + sum(len(name) + len(value or b"") for name, value in record.headers) if record.headers else size
 
 
 def records_of(event: EventT) -> Sequence[Record]:

@@ -224,6 +224,38 @@ async def test_a_dead_letter_keeps_its_value_in_the_company_of_larger_ones(creat
     assert arrived.count(None) == 2
 
 
+async def test_dead_letters_in_batches_arrive_once_each_as_they_were_and_in_order(create_topic, publisher_to, read):
+    topic = await create_topic("dead", partitions=3)
+    publisher = await publisher_to(topic)
+    rng = random.Random(2)
+    lengths = [0, 10, 900, 20_000, 400_000]
+    letters = [
+        DeadLetter(
+            rng.choice([None, b"", b"u%d" % rng.randrange(40)]),
+            b"%06d" % number + rng.randbytes(rng.choices(lengths, [9, 9, 9, 9, 2])[0]),
+            [("number", b"%d" % number)],
+        )
+        for number in range(200)
+    ]
+    futures = await publisher.send_dead_letters(topic, letters)
+    assert len(futures) < len(letters) / 5
+    await acknowledged(futures, "they", 30)
+    found = await read(topic)
+    choose = DefaultPartitioner()
+    for partition, arrived in found.items():
+        here = [letter for letter in letters if choose(letter.key or b"", [0, 1, 2], [0, 1, 2]) == partition]
+        assert [DeadLetter(record.key, record.value, [*record.headers]) for record in arrived] == here
+    assert sum(map(len, found.values())) == len(letters)
+
+
+async def test_letters_too_large_together_arrive_once_each_in_order(create_topic, publisher_to, read):
+    topic = await create_topic("dead", max_message_bytes="2000")
+    publisher = await publisher_to(topic)
+    letters = [DeadLetter(b"u", b"%03d" % number + bytes(number * 15), []) for number in range(100)]
+    await acknowledged(await publisher.send_dead_letters(topic, letters), "they", 30)
+    assert [record.value for record in (await read(topic))[0]] == [letter.value for letter in letters]
+
+
 # -- when it can't be
 
 

@@ -60,9 +60,10 @@ async def consumer() -> AsyncIterator[Consumer]:
         yield made
 
 
-def records(first: int, count: int, tp: TP = SOURCE) -> list[Any]:
+def records(first: int, count: int, tp: TP = SOURCE, **content: Any) -> list[Any]:
+    content = {"key": None, "value": None, "headers": ()} | content
     return [
-        SimpleNamespace(topic=tp.topic, partition=tp.partition, offset=offset, timestamp=0, timestamp_type=0)
+        SimpleNamespace(topic=tp.topic, partition=tp.partition, offset=offset, timestamp=0, timestamp_type=0, **content)
         for offset in range(first, first + count)
     ]
 
@@ -145,6 +146,20 @@ async def test_no_more_is_delivered_than_may_be_unacknowledged_though_faust_has_
     assert sum(len(message.value) for message in queue) == 100
     consumer.ack(queue.pop(0))
     assert len(await delivered(consumer, {SOURCE: records(100, 10)})) == 1
+
+
+@pytest.mark.parametrize(
+    "content", [{"key": bytes(500)}, {"value": bytes(500)}, {"headers": [("h", bytes(499)), ("", None)]}], ids=str
+)
+async def test_nor_are_more_bytes_delivered_than_may_be_unacknowledged(consumer: Consumer, content: Any) -> None:
+    await open_source(consumer)
+    consumer.max_unacknowledged_bytes = 10_000
+    queue = []
+    for number in range(50):
+        queue += await delivered(consumer, {SOURCE: records(number * 4, 4, **content)})
+    assert len(queue) == 5
+    consumer.ack(queue.pop(0))
+    assert len(await delivered(consumer, {SOURCE: records(20, 4)})) == 1
 
 
 async def test_what_is_restored_from_the_changelog_takes_no_room(consumer: Consumer) -> None:
