@@ -53,8 +53,14 @@ def test_a_member_that_joins_gets_its_share_though_there_are_standbys() -> None:
 
 
 def test_who_gives_a_partition_up_becomes_its_standby() -> None:
-    after = distribute({"a": Held({0, 1}), "b": Held()}, 2, 1)
-    assert after == {"a": Held({0}, {1}), "b": Held({1}, {0})}
+    after = distribute({"a": Held(), "b": Held(), "owner": Held({0, 1, 2})}, 3, 1)
+    assert (after["owner"].actives, after["a"].actives, after["b"].actives) == ({0}, {1}, {2})
+    assert after["owner"].standbys == {1, 2}
+
+
+def test_a_free_partition_goes_where_its_states_are() -> None:
+    after = distribute({"a": Held(standbys={1}), "b": Held(standbys={0})}, 2, 0)
+    assert after == {"a": Held({1}), "b": Held({0})}
 
 
 def test_a_restarted_member_gets_what_is_on_its_disk_and_takes_nothing_that_would_stay() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -236,3 +237,18 @@ def test_time_without_progress_is_measured_and_a_line_says_how_long_a_rebalance_
     took = sum(line["seconds"] for line in a.events("ready"))
     assert took > joined
     assert a.metric("unready_seconds_total") == pytest.approx(took, abs=0.5)
+
+
+def test_a_worker_that_comes_back_gets_the_partitions_that_are_on_its_disk(
+    site: Site, start: Callable[..., WorkerProcess]
+) -> None:
+    a = start("a")
+    wait_until(lambda: share(a), 40, a.tail)
+    assert a.terminate() == 0, a.tail()
+    for partition in (1, 2):  # as if it had had the others only
+        shutil.rmtree(database_of(site, "a", partition))
+    b = start("b")
+    wait_until(lambda: share(b), 40, b.tail)
+    a = start("a")
+    wait_until(lambda: share(a, b), 40, tails(a, b))
+    assert a.holds() == [0, 3]
