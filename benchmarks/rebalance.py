@@ -45,7 +45,8 @@ CLICKS_PER_SECOND = 100
 #: Every partition has to grow for so long, without a pause of half of it, for an event to be over.
 CALM_SECONDS = 4.0
 
-START_SECONDS = 90.0
+#: A start may take so long beside whatever else runs on the machine.
+START_SECONDS = 180.0
 
 
 @dataclass(frozen=True)
