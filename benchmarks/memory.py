@@ -5,7 +5,7 @@
 
 The demo shop's real clicks, again and again with user ids of their own, so that there are new users to the end.
 Resident memory is sampled each second beside the clicks worked off, which are the recommendations that a consumer could
-read. The growth after the first fifth is fitted by least squares. 10 million clicks take some 30 GB of disk. Linux only.
+read. The growth after the first fifth is fitted by least squares. 10 million clicks take 30 GB of disk. Linux only.
 """
 
 from __future__ import annotations
