@@ -168,7 +168,8 @@ class Publisher:
             await sent
         except MessageSizeTooLargeError:
             if len(letters) == 1:
-                return await self._send_cut_down(topic, partition, letters[0])
+                await self._send_cut_down(topic, partition, letters[0])
+                return
             half = len(letters) // 2
             for part in (letters[:half], letters[half:]):
                 await self._send_together(topic, partition, part)
@@ -183,9 +184,10 @@ class Publisher:
             batch = Batch(partition, self._dead_letter_producer.create_batch())
             _add(smaller, batch)
             try:
-                return await (await self._hand_over(topic, batch))
+                await (await self._hand_over(topic, batch))
             except MessageSizeTooLargeError:
                 continue
+            return
         raise MessageSizeTooLargeError(f"not even the reason of a dead letter fits {topic}")
 
 
