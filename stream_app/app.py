@@ -6,16 +6,16 @@ import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import faust
+from faust.assignor.partition_assignor import PartitionAssignor
 from mode.supervisors import CrashingSupervisor
 from yarl import URL
 
 from lrurec.bundle import Bundle, load_bundle
 from lrurec.serving import build_engine, state_layout
 from lrurec.user_state import StateLayout
-from stream_app.assignment import Assignor
 from stream_app.committed import commit_note
 from stream_app.errors import SettingsError
 from stream_app.health import HealthServer
@@ -28,9 +28,6 @@ from stream_app.record_batches import RecordBatchConsumer, RecordBatchSchema, Re
 from stream_app.settings import Settings
 from stream_app.state_table import StoreOptions, UserStateTable, user_state_table
 from stream_app.topics import FoundTopic
-
-if TYPE_CHECKING:
-    from faust.tables.manager import TableManager
 
 #: Events that may wait in Faust's queue. The transport's own limit, in clicks, is far below, so that Faust never finds
 #: it full: it would stop polling for a second.
@@ -92,7 +89,6 @@ def build_parts(settings: Settings, topics: Mapping[str, FoundTopic]) -> Parts:
     publisher = Publisher(settings.kafka_client(), _largest_batch(settings, topics))
     append = partial(publisher.append, settings.changelog_topic)
     table = user_state_table(app, StoreOptions(layout, changelog_id, append, settings.state_cache_mb << 20))
-    cast("Assignor", app.assignor).claim([settings.clicks_topic, settings.changelog_topic], table.store.on_disk())
     metrics = Metrics()
     pipeline = Pipeline(
         batcher,
@@ -154,21 +150,16 @@ def build_app(settings: Settings, note: str) -> faust.App:
         broker=servers,
         broker_credentials=_credentials(settings),
         broker_session_timeout=settings.session_timeout_seconds,
-        # Members learn of a rebalance by a heartbeat's answer; all wait for the last of them.
-        broker_heartbeat_interval=min(1.0, settings.session_timeout_seconds / 10),
+        broker_heartbeat_interval=settings.session_timeout_seconds / 10,
         # Faust wants every request to be allowed more time than a session.
         broker_request_timeout=max(settings.broker_timeout_seconds, settings.session_timeout_seconds + 1),
         broker_commit_interval=1.0,
         broker_max_poll_records=settings.max_batch,
         consumer_metadata_max_age_ms=_METADATA_SECONDS * 1000,
-        # What Faust's assignor tells members apart by. Kafka gives a static member its assignment of before back, and
-        # Faust checks that this name is in it.
-        canonical_url=f"worker://local/{settings.instance_id or uuid.uuid4()}",
-        consumer_group_instance_id=settings.instance_id,
+        canonical_url=f"worker://{uuid.uuid4()}",  # what Faust's assignor tells members apart by
         datadir=str(folder),
         topic_partitions=settings.partitions,
-        table_standby_replicas=settings.standby_replicas,
-        PartitionAssignor=Assignor,
+        table_standby_replicas=0,
         topic_allow_declare=False,  # `stream-app topics` creates them; the worker's start verifies them
         topic_disable_leader=True,
         stream_recovery_delay=0.0,
@@ -200,7 +191,8 @@ def is_settled(app: faust.App) -> bool:
     return bool(
         app.tables.actives_ready
         and not app.rebalancing
-        and assigned_partitions(cast("Assignor", app.assignor).changelog_distribution) == app.conf.topic_partitions
+        and assigned_partitions(cast("PartitionAssignor", app.assignor).changelog_distribution)
+        == app.conf.topic_partitions
     )
 
 
@@ -219,35 +211,11 @@ def lag_of(app: faust.App) -> dict[int, int]:
     return cast("RecordBatchConsumer", app.consumer).lag() if is_settled(app) else {}
 
 
-def standby_partitions(app: faust.App) -> list[int]:
-    """Partitions that this worker is a standby for."""
-    tables = app.tables
-    return sorted(
-        tp.partition for tp in cast("Assignor", app.assignor).assigned_standbys() if tp.topic in tables.changelog_topics
-    )
-
-
-def standby_lag_of(app: faust.App) -> dict[int, int]:
-    """Standby partition → records of its changelog that are not taken over yet; left out while it hasn't begun."""
-    consumer, offsets = (
-        cast("RecordBatchConsumer", app.consumer),
-        cast("TableManager", app.tables).recovery.standby_offsets,
-    )
-    standbys = cast("Assignor", app.assignor).assigned_standbys() & consumer.assignment() if is_settled(app) else set()
-    ends = {tp: consumer.highwater(tp) for tp in standbys}
-    return {
-        tp.partition: end - 1 - offsets[tp] for tp, end in ends.items() if end is not None and offsets[tp] is not None
-    }
-
-
 def _refresh(app: faust.App, metrics: Metrics) -> None:
     metrics.ready.set(is_ready(app))
     metrics.lag.clear()
     for partition, clicks in lag_of(app).items():
         metrics.lag.labels(partition).set(clicks)
-    metrics.standby_lag.clear()
-    for partition, records in standby_lag_of(app).items():
-        metrics.standby_lag.labels(partition).set(records)
 
 
 def _credentials(settings: Settings) -> faust.types.auth.CredentialsT | None:

@@ -29,21 +29,6 @@ class Metrics:
         self.lag = Gauge(
             "stream_app_lag_clicks", "Clicks behind the end of the log", ["partition"], registry=self._registry
         )
-        self.standby_lag = Gauge(
-            "stream_app_standby_lag_records",
-            "Records of the changelog that a standby is behind",
-            ["partition"],
-            registry=self._registry,
-        )
-        self.rebalances = self._counter("rebalances", "Times that partitions were handed out anew, the first included")
-        self.unready_seconds = self._counter(
-            "unready_seconds", "Seconds spent joining the group, rebalancing and restoring states"
-        )
-        self.stalled_seconds = Gauge(
-            "stream_app_stalled_seconds",
-            "Seconds since a micro-batch became durable while clicks waited or might have",
-            registry=self._registry,
-        )
         self.ready = Gauge(
             "stream_app_ready", "1 while clicks flow: states are restored and Kafka answers", registry=self._registry
         )

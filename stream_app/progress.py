@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import structlog
 
-from stream_app.app import Parts, is_settled, lag_of, standby_partitions
+from stream_app.app import Parts, is_settled, lag_of
 from stream_app.metrics import value
 
 if TYPE_CHECKING:
@@ -28,57 +28,29 @@ _RESTORING_SECONDS = 2.0
 
 async def report_progress(parts: Parts) -> None:
     """Log until cancelled."""
-    readiness, restoring, stall, clicks = _Readiness(parts), _Restoring(parts), _Stall(parts), _Clicks(parts)
+    readiness, restoring, clicks = _Readiness(parts), _Restoring(parts), _Clicks(parts)
     while True:
         await asyncio.sleep(_LOOK_SECONDS)
         now, settled = time.monotonic(), is_settled(parts.app)
         restoring.report(now, settled=settled)
-        readiness.report(now, settled=settled)
-        stall.report(now, settled=settled)
+        readiness.report(settled=settled)
         clicks.report(now)
 
 
 class _Readiness:
-    """A line when a rebalance begins and when clicks flow again, with the partitions held and how long it took."""
+    """A line at each change, with the partitions held."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._was_settled = False
-        self._counted = 0
-        self._began = self._last = time.monotonic()
 
-    def report(self, now: float, *, settled: bool) -> None:
-        metrics, count = self._parts.metrics, self._parts.app.rebalancing_count
-        again = count != self._counted  # be it since the last look, and over
-        metrics.rebalances.inc(count - self._counted)
-        if self._was_settled and (again or not settled):
-            self._began = self._last
-            log.info("rebalancing", partitions=self._held())
-        if not (self._was_settled and settled) or again:
-            metrics.unready_seconds.inc(now - self._last)
-        if settled and (again or not self._was_settled):
-            seconds, standbys = round(now - self._began, 1), standby_partitions(self._parts.app)
-            log.info("ready", partitions=self._held(), standbys=standbys, seconds=seconds)
-        self._was_settled, self._counted, self._last = settled, count, now
-
-    def _held(self) -> list[int]:
+    def report(self, *, settled: bool) -> None:
+        if settled == self._was_settled:
+            return
+        self._was_settled = settled
         held = self._parts.app.consumer.assignment()
-        return sorted(tp.partition for tp in held if tp.topic == self._parts.clicks_topic)
-
-
-class _Stall:
-    """The metric of how long nothing has become durable though there was, or may have been, something to do."""
-
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self._counted, self._since = 0.0, time.monotonic()
-
-    def report(self, now: float, *, settled: bool) -> None:
-        metrics = self._parts.metrics
-        counted = value(metrics.micro_batches)
-        if counted != self._counted or (settled and not any(lag_of(self._parts.app).values())):
-            self._counted, self._since = counted, now
-        metrics.stalled_seconds.set(now - self._since)
+        partitions = sorted(tp.partition for tp in held if tp.topic == self._parts.clicks_topic)
+        log.info("ready" if settled else "rebalancing", partitions=partitions)
 
 
 class _Restoring:

@@ -23,7 +23,6 @@ from faust.types.tuples import ConsumerMessage
 
 from stream_app.errors import WorkerError
 from stream_app.messages import Record
-from stream_app.static_member import end_when_fenced
 
 #: Clicks that may be on their way through the worker, at least; for large micro-batches two of them.
 _LEAST_ROOM = 16_384
@@ -31,17 +30,6 @@ _LEAST_ROOM = 16_384
 #: Bytes of records that may be on their way. Clicks come nowhere near it; records of a megabyte are no clicks, but
 #: 16,384 of them would take all memory there is.
 _MOST_BYTES = 64 << 20
-
-#: How long Kafka may hold a fetch back while there is nothing to read. On the same connection, what is asked during a
-#: rebalance waits behind it; Faust has 1,500.
-_FETCH_WAIT_MS = 200
-
-
-class ChangelogBatch(list[Record]):
-    """Records of a changelog partition, in log order."""
-
-    follows: int | None = None
-    """Offset of the last record delivered before these; None where these are the first after a seek."""
 
 
 class RecordBatchSchema(Schema):
@@ -57,19 +45,6 @@ class RecordBatchSchema(Schema):
 class _Thread(driver.AIOKafkaConsumerThread):
     """Faust's thread around the aiokafka consumer."""
 
-    async def on_start(self) -> None:
-        """Connect; a static member ends once another worker has its name."""
-        await super().on_start()
-        if self.app.conf.consumer_group_instance_id:
-            end_when_fenced(self._ensure_consumer()._coordinator, self._end_as_fenced)
-
-    def _end_as_fenced(self) -> None:
-        reason = WorkerError(
-            f"another worker has joined the group as STREAM_APP_INSTANCE_ID={self.app.conf.consumer_group_instance_id}"
-            " since this one did, and has taken its place: give each worker a name of its own"
-        )
-        asyncio.run_coroutine_threadsafe(self.app.crash(reason), self.app.loop)
-
     def _create_worker_consumer(self, transport: Any) -> Any:
         """The consumer, which never sees clicks of a transaction that was given up, and commits with a note.
 
@@ -77,7 +52,6 @@ class _Thread(driver.AIOKafkaConsumerThread):
         """
         client = super()._create_worker_consumer(transport)
         client._isolation_level = "read_committed"
-        client._fetch_max_wait_ms = _FETCH_WAIT_MS
         commit, note = client.commit, cast("RecordBatchTransport", transport).commit_note
 
         async def commit_with_note(offsets: Mapping[Any, Any]) -> None:
@@ -108,8 +82,6 @@ class RecordBatchConsumer(driver.Consumer):
         self._delivered: WeakSet[Message] = WeakSet()
         self._to_open: set[TP] = set()
         self._settled = False
-        #: Changelog partition → the last offset delivered since its position was set.
-        self._restored_to: dict[TP, int] = {}
 
     def _new_consumer_thread(self) -> _Thread:
         return _Thread(self, loop=self.loop, beacon=self.beacon)
@@ -130,17 +102,10 @@ class RecordBatchConsumer(driver.Consumer):
                 return
             if active is None or tp in active or tp in self._buffered_partitions:
                 self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
-                is_changelog = self._is_changelog_tp(tp)
-                message = self._to_message(tp, self._following(tp, records) if is_changelog else records)
-                if not is_changelog:
+                message = self._to_message(tp, records)
+                if not self._is_changelog_tp(tp):
                     self._delivered.add(message)
                 yield tp, message
-
-    def _following(self, tp: TP, records: Sequence[Any]) -> ChangelogBatch:
-        batch = ChangelogBatch(records)
-        batch.follows = self._restored_to.get(tp)
-        self._restored_to[tp] = records[-1].offset
-        return batch
 
     async def _has_room(self, timeout: float) -> bool:
         if self._is_below_limits():
@@ -180,24 +145,6 @@ class RecordBatchConsumer(driver.Consumer):
         self._acknowledged.set()
         return super().ack(message)
 
-    async def wait_empty(self) -> None:
-        """Wait until what the pipeline has taken is acknowledged, and commit.
-
-        At a rebalance the group waits for this member only so long; then others get its partitions.
-
-        Raises:
-            WorkerError: it took longer, so the worker has to end before it writes once more.
-        """
-        seconds = None if self.app.should_stop else self.app.conf.broker_rebalance_timeout * 0.9
-        emptying = asyncio.ensure_future(super().wait_empty())
-        await asyncio.wait({emptying}, timeout=seconds)  # it would swallow a cancellation, and wait on
-        if not emptying.done():
-            raise WorkerError(
-                f"clicks of revoked partitions did not become durable within {seconds:g} seconds, for which the group"
-                " waits; their next owner does them again"
-            )
-        emptying.result()
-
     async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
         """Faust takes the offsets between two messages for a gap; here they are the batch."""
 
@@ -227,15 +174,14 @@ class RecordBatchConsumer(driver.Consumer):
             self._close_sources()
 
     def resume_partitions(self, tps: Iterable[TP]) -> None:
-        """Poll these again: what is restored at once, source and standby partitions when all positions are settled.
+        """Poll these again: changelogs at once, source partitions when their position is settled.
 
-        Faust resumes them first, seeks then, and clears its queues last: what a standby had read until then would be
-        missing from it for good.
+        Faust resumes source partitions first, seeks then, and clears its queues last.
         """
         tps = set(tps)
-        waiting = {tp for tp in tps if not self._is_changelog_tp(tp) or self.app.assignor.is_standby(tp)}
-        super().resume_partitions(tps - waiting)
-        self._to_open |= waiting
+        sources = {tp for tp in tps if not self._is_changelog_tp(tp)}
+        super().resume_partitions(tps - sources)
+        self._to_open |= sources
         self._settled = False
 
     async def perform_seek(self) -> None:
@@ -269,7 +215,7 @@ class RecordBatchConsumer(driver.Consumer):
         self._settled = True
 
     def resume_flow(self) -> None:
-        """Deliver again; opens the source and standby partitions whose position is settled."""
+        """Deliver again; opens the source partitions whose position is settled."""
         super().resume_flow()
         if self._settled and self._to_open:
             super().resume_partitions(self._to_open)
@@ -321,7 +267,6 @@ class RecordBatchConsumer(driver.Consumer):
     def _close_sources(self) -> None:
         self._to_open = set()
         self._settled = False
-        self._restored_to = {}
         # What Faust parked for a full queue would otherwise reopen when that queue is cleared.
         self._buffered_partitions.clear()
 

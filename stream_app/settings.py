@@ -35,13 +35,13 @@ def _kafka_servers(text: str) -> str:
     return ",".join(servers)
 
 
-def _topic_name(longest: int, what: str = "a Kafka topic name") -> _Kind:
+def _topic_name(longest: int) -> _Kind:
     def parse(text: str) -> str:
         if not _TOPIC_NAME.fullmatch(text) or len(text) > longest or text in {".", ".."}:
             raise ValueError
         return text
 
-    return _Kind(parse, f"{what}: 1 to {longest} letters, digits, '.', '_' or '-'")
+    return _Kind(parse, f"a Kafka topic name: 1 to {longest} letters, digits, '.', '_' or '-'")
 
 
 def _text(text: str) -> str:
@@ -82,7 +82,6 @@ def _choice(*choices: str) -> _Kind:
 
 
 _TOPIC = _topic_name(249)
-_INSTANCE_ID = _topic_name(249, "a name")
 _APP_ID = _topic_name(249 - len(_CHANGELOG_SUFFIX))
 _PATH = _Kind(lambda text: Path(_text(text)).expanduser(), "a path")
 _TEXT = _Kind(_text, "text that is not blank")
@@ -136,15 +135,7 @@ class Settings:
     state_dtype: Literal["float16", "float32"] = _setting(
         "float16", _choice("float16", "float32"), "precision of the stored hidden state"
     )
-    standby_replicas: int = _setting(
-        0, _integer(0, 10), "workers beside its owner that keep each partition's states on disk, to take over at once"
-    )
     state_cache_mb: int = _setting(256, _integer(8, 1_048_576), "MiB of RocksDB block cache, shared by all partitions")
-    instance_id: str | None = _setting(
-        None,
-        _INSTANCE_ID,
-        "this worker's own lasting name in the group: a restart within the session timeout makes nobody rebalance",
-    )
     session_timeout_seconds: float = _setting(
         30.0, _seconds(1, 1_800), "the group declares a silent worker dead after this long"
     )

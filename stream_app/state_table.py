@@ -4,9 +4,6 @@ One database a partition, opened when the partition is assigned and closed when 
 assigned can't be read or written. A state and the changelog offset that it came from are written in one batch, so a
 database always equals some prefix of its changelog, whatever was killed.
 
-A partition is assigned as the active one, with its clicks, or as a standby: the changelog alone, which is applied as it
-grows. The pipeline can use active ones only. A standby that becomes active has the end of its changelog to restore.
-
 A worker that was frozen past its session may wake up and append old states behind its successor's. Two things make that
 harmless. The successor notices that its own records don't follow each other, and ends before it relies on them. And
 whoever restores sees that the newest state of a user is not his last one in the log, and appends it once more, before
@@ -36,8 +33,7 @@ from faust.types import TP, AppT, CollectionT, EventT
 
 from lrurec.user_state import StateLayout, UserStateError
 from stream_app.errors import StateError, foreign_record
-from stream_app.messages import Record
-from stream_app.record_batches import ChangelogBatch, RecordBatchSchema, records_of
+from stream_app.record_batches import RecordBatchSchema, records_of
 from stream_app.topic_metadata import NO_ID
 
 #: Named apart from this module: mode gives each service its module's logger, and those are quieted (see logs.py).
@@ -104,10 +100,7 @@ class UserStateStore(SerializedStore):
         self._identity = self.layout.header + struct.pack("<q", self.layout.dtype.itemsize)
         self._cache = rocksdict.Cache(options.cache_bytes)
         self._databases: dict[int, rocksdict.Rdict] = {}
-        self._active: frozenset[int] = frozenset()
-        self.restored = (
-            0  # changelog records applied to active partitions so far: a recovery that goes on is seen by it
-        )
+        self.restored = 0  # changelog records applied so far: a recovery that goes on is seen by it
 
     # -- what the pipeline uses
 
@@ -117,8 +110,8 @@ class UserStateStore(SerializedStore):
         Raises:
             StateError: the partition is not assigned to this worker, or its database is damaged or can't be used.
         """
-        self._require_active(partition)
-        return self._load(partition, keys)
+        with self._disk_errors_explained(partition):
+            return cast("list[bytes | None]", self._database(partition)[list(keys)])
 
     def persist(self, partition: int, rows: Iterable[Row], changelog_offset: int) -> None:
         """Write states, and the changelog offset that holds the last of them, as one batch. Blocks.
@@ -126,7 +119,6 @@ class UserStateStore(SerializedStore):
         Raises:
             StateError: the partition is not assigned to this worker, or its database is damaged or can't be used.
         """
-        self._require_active(partition)
         self._write(partition, rows, changelog_offset, self._overtaken.get(partition, frozenset()))
 
     def persist_appended(self, partition: int, rows: Iterable[Row], offsets: range) -> None:
@@ -135,16 +127,11 @@ class UserStateStore(SerializedStore):
         Raises:
             StateError: as for `persist`; or somebody else has written to the changelog since the last time.
         """
-        self._require_active(partition)
         last = self.persisted_offset(TP("", partition))
         if last is not None and offsets.start > last + 1:
             raise foreign_record(partition, last + 1)
         if last is None or offsets[-1] > last:  # else a recovery has read them back meanwhile
             self.persist(partition, rows, offsets[-1])
-
-    def on_disk(self) -> list[int]:
-        """Partitions that have a database here, assigned or not."""
-        return [int(path.name) for path in self._folder().glob("*") if path.name.isdecimal()]
 
     # -- what Faust uses
 
@@ -161,50 +148,30 @@ class UserStateStore(SerializedStore):
     def apply_changelog_batch(
         self, batch: Iterable[EventT], to_key: Callable[[Any], Any], to_value: Callable[[Any], Any]
     ) -> None:
-        """Restore states from batches of changelog records, of active and of standby partitions; see `restore_rows`.
+        """Restore states from batches of changelog records; see `restore_rows`.
 
-        What comes late, of a partition that has left, is passed over: it is in the changelog for whoever has it now.
         Faust logs what is raised in here and goes on without those states, so the worker is ended instead.
         """
         try:
             for event in batch:
-                if event.message.partition in self._databases:
-                    self._apply(event)
+                partition, records = event.message.partition, records_of(event)
+                keys = list({record.key: None for record in records if record.key is not None})
+                stored = dict(zip(keys, self.load(partition, keys), strict=True))
+                overtaken = self._overtaken[partition]
+                restored = restore_rows(((r.key, r.value) for r in records), stored, overtaken, self.layout)
+                self._write(partition, restored.rows, event.message.offset, restored.overtaken)
+                self.restored += len(records)
         except Exception as error:
             folder = self._folder()
             reason = error if isinstance(error, StateError) else StateError(f"restoring to {folder} failed: {error}")
             self.loop.create_task(self.app.crash(reason))
             raise
 
-    def _apply(self, event: EventT) -> None:
-        partition, records = event.message.partition, records_of(event)
-        self._refuse_gap(partition, records)
-        keys = list({record.key: None for record in records if record.key is not None})
-        stored = dict(zip(keys, self._load(partition, keys), strict=True))
-        overtaken = self._overtaken[partition]
-        restored = restore_rows(((r.key, r.value) for r in records), stored, overtaken, self.layout)
-        self._write(partition, restored.rows, event.message.offset, restored.overtaken)
-        if partition in self._active:
-            self.restored += len(records)
-
-    def _refuse_gap(self, partition: int, records: Sequence[Record]) -> None:
-        """Refuse records when Faust has dropped the ones before them; the database would lack those for good."""
-        if not isinstance(records, ChangelogBatch) or records.follows is None:
-            return
-        last = self.persisted_offset(TP("", partition))
-        if last is None or last < records.follows:
-            raise StateError(
-                f"partition {partition} of the changelog was not delivered whole: offset {records.follows} is missing"
-                f" after {last}; start the worker again: it reads on from there"
-            )
-
     async def on_rebalance(
         self, assigned: set[TP], revoked: set[TP], newly_assigned: set[TP], generation_id: int = 0
     ) -> None:
-        """Close the databases of partitions that left, open those that came; active are those with their clicks."""
+        """Close the databases of partitions that left, open those that came."""
         ours = {tp.partition for tp in assigned if tp.topic in self.table.changelog_topic.topics}
-        with_clicks = {tp.partition for tp in assigned if tp.topic not in self.table.changelog_topic.topics}
-        self._active = frozenset(ours & with_clicks)
         for partition in self._databases.keys() - ours:
             await asyncio.to_thread(self._close, partition)
         for partition in ours - self._databases.keys():
@@ -216,9 +183,8 @@ class UserStateStore(SerializedStore):
         Faust passes over what is raised in here, so the worker is ended instead.
         """
         try:
-            for partition in self._active:
-                if self._overtaken[partition]:
-                    await self._append_again(partition)
+            for partition in [partition for partition, keys in self._overtaken.items() if keys]:
+                await self._append_again(partition)
         except Exception as error:
             await self.app.crash(error)
             raise
@@ -297,14 +263,6 @@ class UserStateStore(SerializedStore):
             return self._databases[partition]
         except KeyError:
             raise StateError(f"partition {partition} of {self.table_name} is not assigned to this worker") from None
-
-    def _require_active(self, partition: int) -> None:
-        if partition not in self._active:
-            raise StateError(f"partition {partition} of {self.table_name} is not assigned to this worker")
-
-    def _load(self, partition: int, keys: Sequence[bytes]) -> list[bytes | None]:
-        with self._disk_errors_explained(partition):
-            return cast("list[bytes | None]", self._database(partition)[list(keys)])
 
     def _write(self, partition: int, rows: Iterable[Row], offset: int, overtaken: frozenset[bytes]) -> None:
         batch = rocksdict.WriteBatch(raw_mode=True)
@@ -422,7 +380,6 @@ class UserStateTable(Table):
             value_type=bytes,
             schema=RecordBatchSchema(key_serializer="raw", value_serializer="raw", allow_empty=True),
             recovery_buffer_size=4,  # messages, each a batch of records; with 1, Faust reads the changelog for ever
-            standby_buffer_size=1,
             **kwargs,
         )
 

@@ -228,7 +228,7 @@ async def _drain(parts: Parts, pipeline: asyncio.Task[None], seconds: float) -> 
 
 
 async def _end_process(parts: Parts, error: Exception, leaving_seconds: float) -> NoReturn:
-    """Leave the group, so that another worker can take over at once, and exit with 1; a static member stays in it.
+    """Leave the group, so that another worker can take over at once, and exit with 1.
 
     No orderly stop: Faust's would wait for clicks that nobody will acknowledge. The durable order makes that safe.
     """

@@ -140,20 +140,11 @@ class WorkerProcess:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
             return str(answer.read().decode())
 
-    def labelled(self, name: str) -> list[float]:
-        """A metric's values for all its labels."""
-        lines = self.metrics().splitlines()
-        return [float(line.split()[1]) for line in lines if line.startswith(f"stream_app_{name}{{")]
-
     def lag(self) -> float | None:
         """Clicks behind, over all partitions; None while no partition's is known."""
-        found = self.labelled("lag_clicks")
+        lines = self.metrics().splitlines()
+        found = [float(line.split()[1]) for line in lines if line.startswith("stream_app_lag_clicks{")]
         return sum(found) if found else None
-
-    def standbys(self) -> list[int] | None:
-        """The partitions that it is a standby for by its last line about being ready; None before the first."""
-        ready = self.events("ready")
-        return ready[-1]["standbys"] if ready else None
 
     def holds(self) -> list[int] | None:
         """The partitions that its last line about being ready names; None before the first."""

@@ -14,10 +14,9 @@ from faust.types import TP
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream_app.errors import WorkerError
 from stream_app.record_batches import RecordBatchConsumer, RecordBatchTransport
 
-SOURCE, CHANGELOG, STANDBY = TP("clicks", 0), TP("app-user_state-changelog", 0), TP("app-user_state-changelog", 1)
+SOURCE, CHANGELOG = TP("clicks", 0), TP("app-user_state-changelog", 0)
 
 
 class Consumer(RecordBatchConsumer):
@@ -36,7 +35,7 @@ class Consumer(RecordBatchConsumer):
         return 100
 
     def _is_changelog_tp(self, tp: TP) -> bool:
-        return tp in {CHANGELOG, STANDBY}
+        return tp == CHANGELOG
 
 
 @contextmanager
@@ -49,7 +48,6 @@ def a_consumer(**settings: Any) -> Iterator[Consumer]:
     made = Consumer(transport, ignore, ignore, ignore)
     app.consumer = made
     made.polls = []
-    app.assignor._standby_tps = {STANDBY}
     try:
         yield made
     finally:
@@ -80,14 +78,14 @@ async def seek(consumer: Consumer) -> None:
 
 
 STEPS: dict[str, Callable[[Consumer], Any]] = {
-    "resume source": lambda consumer: consumer.resume_partitions({SOURCE, STANDBY}),
+    "resume source": lambda consumer: consumer.resume_partitions({SOURCE}),
     "seek": seek,
     "resume flow": lambda consumer: consumer.resume_flow(),
 }
 
 
 @given(st.lists(st.sampled_from(sorted(STEPS)), max_size=8))
-async def test_a_source_and_a_standby_open_only_by_resume_then_seek_then_flow(steps: list[str]) -> None:
+async def test_a_source_opens_only_by_resume_then_seek_then_flow(steps: list[str]) -> None:
     order = ["resume source", "seek", "resume flow"]
     with a_consumer() as consumer:
         consumer.resume_flow()
@@ -100,8 +98,7 @@ async def test_a_source_and_a_standby_open_only_by_resume_then_seek_then_flow(st
             if progress < 3:
                 restarted = step == "resume source"
                 progress = 1 if restarted else progress + (step == order[progress])
-            open_now = {SOURCE, STANDBY} & consumer._get_active_partitions()
-            assert open_now == ({SOURCE, STANDBY} if progress == 3 else set())
+            assert (SOURCE in consumer._get_active_partitions()) == (progress == 3)
 
 
 async def test_a_rebalance_closes_the_sources_until_the_next_seek(consumer: Consumer) -> None:
@@ -110,9 +107,9 @@ async def test_a_rebalance_closes_the_sources_until_the_next_seek(consumer: Cons
         if asyncio.iscoroutine(result):
             await result
     assert len(await delivered(consumer, {SOURCE: records(0, 3)})) == 1
-    consumer.pause_partitions({SOURCE, CHANGELOG, STANDBY})
+    consumer.pause_partitions({SOURCE, CHANGELOG})
     consumer.resume_flow()
-    consumer.resume_partitions({SOURCE, CHANGELOG, STANDBY})
+    consumer.resume_partitions({SOURCE, CHANGELOG})
     consumer.resume_flow()
     assert consumer._get_active_partitions() == {CHANGELOG}
     assert await delivered(consumer, {SOURCE: records(3, 3)}) == []
@@ -172,31 +169,6 @@ async def test_what_is_restored_from_the_changelog_takes_no_room(consumer: Consu
     for number in range(20):
         assert len(await delivered(consumer, {CHANGELOG: records(number * 50, 50, CHANGELOG)})) == 1
     assert len(await delivered(consumer, {SOURCE: records(0, 10)})) == 1
-
-
-async def test_a_batch_of_the_changelog_tells_what_was_delivered_before_it_since_the_last_seek(
-    consumer: Consumer,
-) -> None:
-    await open_source(consumer)
-    consumer.resume_partitions({CHANGELOG})
-    batches = [await delivered(consumer, {CHANGELOG: records(first, 5, CHANGELOG)}) for first in (0, 7)]
-    assert [batch.value.follows for [batch] in batches] == [None, 4]
-    consumer.stop_flow()
-    consumer.resume_flow()
-    consumer.resume_partitions({CHANGELOG})
-    [batch] = await delivered(consumer, {CHANGELOG: records(12, 5, CHANGELOG)})
-    assert batch.value.follows is None
-
-
-async def test_what_does_not_become_durable_while_the_group_waits_ends_the_worker() -> None:
-    with a_consumer(broker_rebalance_timeout=0.5) as consumer:
-        consumer.app.topics._acking_topics.add(SOURCE.topic)
-        await open_source(consumer)
-        [message] = await delivered(consumer, {SOURCE: records(0, 3)})
-        consumer._unacked_messages.add(message)
-        with pytest.raises(WorkerError, match=r"revoked partitions did not become durable within 0\.45 seconds"):
-            await consumer.wait_empty()
-        assert consumer._committed_offset.get(SOURCE) is None
 
 
 async def test_there_is_room_for_two_of_the_largest_micro_batches() -> None:

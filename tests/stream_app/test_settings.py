@@ -49,8 +49,6 @@ CASES = {
     "state_dir": ("state", Path("state"), [""], "a path"),
     "state_dtype": ("float32", "float32", ["bfloat16"], "one of float16, float32"),
     "state_cache_mb": ("64", 64, ["7", "1048577"], "a whole number from 8 to 1,048,576"),
-    "standby_replicas": ("2", 2, ["-1", "11", "one"], "a whole number from 0 to 10"),
-    "instance_id": ("worker-0", "worker-0", ["", "a b", "x" * 250, ".."], "a name: 1 to 249 letters"),
     "session_timeout_seconds": ("10.5", 10.5, ["0.5", "1801", "nan", "inf", "soon"], "seconds from 1 to 1800"),
     "shutdown_seconds": ("60", 60.0, ["0", "3601"], "seconds from 1 to 3600"),
     "broker_timeout_seconds": ("5", 5.0, ["0", "601"], "seconds from 1 to 600"),

@@ -26,7 +26,6 @@ from hypothesis import strategies as st
 
 from lrurec.user_state import StateLayout
 from stream_app.errors import StateError
-from stream_app.record_batches import ChangelogBatch
 from stream_app.state_table import StoreOptions, UserStateStore, restore_rows, user_state_table
 from stream_app.topic_metadata import NO_ID
 from tests.chaos.disks import Disk
@@ -530,17 +529,13 @@ async def test_files_that_may_not_grow_are_a_full_disk(tmp_path, database):
 # -- recovery
 
 
-def changelog_event(
-    store: UserStateStore, rows: list[tuple[bytes | None, bytes | None]], offset: int, follows: int | None = None
-) -> faust.Event:
+def changelog_event(store: UserStateStore, rows: list[tuple[bytes | None, bytes | None]], offset: int) -> faust.Event:
     """A batch of changelog records that ends at this offset, as the transport delivers it."""
     first = offset - len(rows) + 1
     records = [
         ConsumerRecord(CHANGELOG, 0, first + place, 0, 0, key, value, None, -1, -1, ())
         for place, (key, value) in enumerate(rows)
     ]
-    records = ChangelogBatch(records)
-    records.follows = follows
     tp = TP(CHANGELOG, 0)
     message = ConsumerMessage(CHANGELOG, 0, offset, 0.0, 0, None, None, records, None, tp=tp)
     return store.app.create_event(None, records, None, message)
@@ -708,105 +703,6 @@ async def test_a_failure_to_append_ends_the_worker(tmp_path):
         await store.on_recovery_completed({TP(CHANGELOG, 0)}, set())
     assert isinstance(store.app.crash_reason, StateError)
     await store.stop()
-
-
-# -- standbys
-
-
-async def stand_by(store: UserStateStore, *partitions: int) -> UserStateStore:
-    """What Faust tells a store that is a standby for these partitions and has no other."""
-    mine = {TP(CHANGELOG, partition) for partition in partitions}
-    await store.on_rebalance(mine, set(), mine)
-    return store
-
-
-@pytest.fixture
-async def standby(tmp_path):
-    """A store that is a standby for partition 0, with the changelog up to offset 41."""
-    store = await stand_by(make_store(tmp_path), 0)
-    restore(store, changelog_event(store, [(b"a", state(8)), (b"b", state(9))], 41))
-    yield store
-    await store.stop()
-
-
-async def test_a_standby_takes_over_the_changelog_and_the_pipeline_can_neither_read_nor_write_it(standby):
-    for use in (
-        lambda: standby.load(0, [b"a"]),
-        lambda: standby.persist(0, [(b"a", state(1))], 42),
-        lambda: standby.persist_appended(0, [(b"a", state(1))], range(42, 43)),
-    ):
-        with pytest.raises(StateError, match="partition 0 of user_state is not assigned to this worker"):
-            use()
-    assert read_all(standby) == ({b"a": state(8), b"b": state(9)}, 41)
-    assert standby.restored == 0  # nothing that a recovery would wait for
-
-
-async def test_a_standby_that_becomes_active_has_its_states_and_its_offset(standby):
-    kept = standby._databases[0]
-    await assign(standby, 0)
-    assert standby._databases[0] is kept
-    assert standby.load(0, [b"a", b"b"]) == [state(8), state(9)]
-    restore(standby, changelog_event(standby, [(b"b", state(10))], 42, follows=41))
-    assert standby.restored == 1
-    standby.persist_appended(0, [(b"a", state(11))], range(43, 44))
-    assert read_all(standby) == ({b"a": state(11), b"b": state(10)}, 43)
-
-
-async def test_an_active_that_becomes_a_standby_writes_no_more_and_goes_on_reading(store):
-    store.persist_appended(0, [(b"a", state(1))], range(1))
-    await stand_by(store, 0)
-    with pytest.raises(StateError, match="not assigned"):
-        store.persist_appended(0, [(b"a", state(2))], range(1, 2))
-    restore(store, changelog_event(store, [(b"a", state(3))], 1))
-    assert read_all(store) == ({b"a": state(3)}, 1)
-
-
-async def test_a_standby_keeps_the_newest_state_behind_a_zombies_and_appends_nothing_until_it_is_active(tmp_path):
-    changelog = Changelog(end=44)
-    store = await stand_by(make_store(tmp_path, append=changelog.append), 0)
-    restore(store, changelog_event(store, [(b"a", state(8)), (b"a", state(7))], 43))
-    await store.on_recovery_completed(set(), {TP(CHANGELOG, 0)})
-    assert changelog.appended == []
-    assert read_all(store) == ({b"a": state(8)}, 43)
-    await assign(store, 0)
-    await store.on_recovery_completed({TP(CHANGELOG, 0)}, set())
-    assert changelog.appended == [(0, [(b"a", state(8))])]
-    await store.stop()
-
-
-async def test_what_is_neither_active_nor_standby_is_closed(standby, tmp_path):
-    await stand_by(standby, 1)
-    assert sorted(standby._databases) == [1]
-    other = await assign_in(tmp_path)
-    await other.stop()
-
-
-async def test_records_that_come_late_of_a_partition_that_left_are_passed_over(standby):
-    await stand_by(standby, 1)
-    restore(standby, changelog_event(standby, [(b"a", state(9))], 42))
-    assert standby.app.crash_reason is None
-    await stand_by(standby, 0)
-    assert read_all(standby) == ({b"a": state(8), b"b": state(9)}, 41)
-
-
-@pytest.mark.parametrize("begin", [assign, stand_by])
-async def test_records_are_refused_where_the_ones_before_were_never_delivered(tmp_path, begin):
-    store = await begin(make_store(tmp_path), 0)
-    restore(store, changelog_event(store, [(b"a", state(8))], 41))
-    restore(store, changelog_event(store, [(b"a", state(9))], 44, follows=41))  # compacted in between
-    with pytest.raises(StateError, match="was not delivered whole: offset 47 is missing after 44"):
-        restore(store, changelog_event(store, [(b"b", state(9))], 50, follows=47))
-    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
-    assert isinstance(store.app.crash_reason, StateError)
-    assert read_all(store) == ({b"a": state(9)}, 44)
-    await store.stop()
-
-
-async def test_the_partitions_on_disk_are_told_before_any_is_assigned(store, tmp_path):
-    await assign(store, 0, 2)
-    await store.stop()
-    assert sorted(make_store(tmp_path).on_disk()) == [0, 2]
-    assert make_store(tmp_path / "new").on_disk() == []
 
 
 # -- as a mapping, for people
