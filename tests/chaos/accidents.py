@@ -34,6 +34,8 @@ _FULL_SECONDS = 30
 """For a worker to find its disk full."""
 _AWAKE_SECONDS = 8
 """For a worker that was frozen to notice what it missed."""
+_ZOMBIE_REQUEST_SECONDS = 30
+"""More than it is frozen for: what it had in hand would be too old to be sent, and do no harm."""
 _CUT_SECONDS = 0.5
 """Between cuts."""
 _HOURS_SECONDS = 0.7
@@ -129,7 +131,8 @@ class Accidents:
                 self._stage.count_end(worker)
             return True
 
-        await self._stage.attempts(slot, until_awake, **_armed(action, signal.SIGSTOP))
+        armed = _armed(action, signal.SIGSTOP)
+        await self._stage.attempts(slot, until_awake, request_seconds=_ZOMBIE_REQUEST_SECONDS, **armed)
         self._counts.zombies += 1
 
     async def _restart_broker(self, away_seconds: float) -> None:

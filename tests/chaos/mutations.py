@@ -40,7 +40,7 @@ def swap_outputs_and_changelog() -> None:
 
     async def persist_then_send(self: Any) -> None:
         batch = await self._logged.get()
-        await self._logged.put(batch)
+        self._logged._queue.appendleft(batch)
         await persist(self)
         outbox = batch.outbox
         await self._publisher.send(self._topics.recommendations, batch.recommendations)

@@ -93,11 +93,11 @@ class Stage:
     async def start_broker(self) -> None:
         await asyncio.to_thread(self.broker.start, _BROKER_SECONDS)
 
-    async def start(self, slot: int, **chaos: Any) -> Worker:
+    async def start(self, slot: int, request_seconds: float = REQUEST_SECONDS, **chaos: Any) -> Worker:
         disk = self.disks[slot]
         environment = self.site.environment(
             BROKER=self.proxy.address,
-            BROKER_TIMEOUT_SECONDS=str(REQUEST_SECONDS),
+            BROKER_TIMEOUT_SECONDS=str(request_seconds),
             STATE_DIR=str(disk.folder / "state"),
             WEB_PORT="0",
         )
