@@ -157,17 +157,26 @@ class Harness:
         seed: of the clicks and of what is done to disks.
         rate: clicks a second.
         mutation: one of `mutations.MUTATIONS`, for workers that are wrong on purpose.
+        guarantee: the workers' setting.
         report: is given a line now and then.
 
     """
 
     def __init__(
-        self, folder: Path, *, seed: int, rate: float, mutation: str = "", report: Callable[[str], None] = print
+        self,
+        folder: Path,
+        *,
+        seed: int,
+        rate: float,
+        mutation: str = "",
+        guarantee: str = "at_least_once",
+        report: Callable[[str], None] = print,
     ) -> None:
         self.counts = Counts()
         self._random = random.Random(seed)
         self._rate = rate
         self._chaos = {"MUTATION": mutation} if mutation else {}
+        self._guarantee = guarantee
         self._report = report
         self._folder = folder
         self._broker = LocalBroker(folder / "kafka", port=free_port())  # the same after each restart
@@ -188,6 +197,7 @@ class Harness:
         await asyncio.to_thread(self._broker.start)
         try:
             extra = {"MAX_BATCH": "256", "STATE_DTYPE": "float16", "SESSION_TIMEOUT_SECONDS": str(SESSION_SECONDS)}
+            extra["GUARANTEE"] = self._guarantee
             self._site = Site(self._broker.bootstrap, "chaos", bundle, self._folder, partitions=8, extra=extra)
             self._settings = Settings.from_environment(self._site.environment())
             await asyncio.to_thread(self._site.create_topics)
@@ -412,6 +422,13 @@ class Harness:
             f" {counts.all_kills} kills, {counts.disks.total()} disks, {counts.leaves} left and joined again,"
             f" {counts.zombies} zombies, {counts.broker_restarts} broker restarts"
         )
+
+
+def is_once(found: dict[str, Any]) -> bool:
+    """Whether no click was found answered twice, by what `stream-app verify` says, and no other record either."""
+    return bool(found["every_click"] and not found["repeated_recommendations"]) and (
+        found["dead_letters"] == found["poison"]
+    )
 
 
 def _armed(action: Kill | Freeze, number: signal.Signals) -> dict[str, str]:

@@ -12,5 +12,6 @@ if __name__ == "__main__":
     if mutation := os.environ.get("CHAOS_MUTATION"):
         MUTATIONS[mutation]()
     if point := os.environ.get("CHAOS_POINT"):
-        signal_at(point, int(os.environ["CHAOS_COUNT"]), int(os.environ["CHAOS_SIGNAL"]))
+        exactly_once = os.environ.get("STREAM_APP_GUARANTEE") == "exactly_once"
+        signal_at(point, int(os.environ["CHAOS_COUNT"]), int(os.environ["CHAOS_SIGNAL"]), exactly_once=exactly_once)
     main(["worker"])
