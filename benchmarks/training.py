@@ -31,8 +31,7 @@ from lrurec.interactions import leave_one_out, read_interactions
 from lrurec.model import LRURec
 from lrurec.threads import limited_threads
 from lrurec.training.loss import softmax_cross_entropy
-from lrurec.training.precision import Precision
-from lrurec.training.presets import TrainingSettings, preset
+from lrurec.training.presets import Precision, TrainingSettings, preset
 from lrurec.training.run import TrainingRun, encode
 from lrurec.training.windows import Batch, Windows
 

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from lrurec.threads import in_threads
 from lrurec.training import loss_kernels
-from lrurec.training.precision import Precision, dtype_of
+from lrurec.training.precision import dtype_of
+from lrurec.training.presets import Precision
 
 SCORES_PER_TILE = 1 << 26
 """Scores held at a time: 256 MiB in float32, 128 MiB in bfloat16. A batch of beauty (700 labels) has 40M."""

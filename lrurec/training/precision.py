@@ -1,18 +1,11 @@
 """What a training step multiplies in: float32, or bfloat16 where the CPU has instructions for it."""
 
 from functools import cache
-from typing import Literal, TypeAlias
 
 import torch
 from llvmlite import binding
 
-Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
-"""Of the factors of a training step's products on a CPU: those of the blocks, the scores, and their gradients.
-
-bfloat16 rounds factors and products to 8 significant bits and sums in float32: two to three times as fast on a CPU that
-multiplies bfloat16. Weights, states, sums, the softmax and the optimizer stay float32. `auto` is bfloat16 on such a
-CPU, float32 elsewhere.
-"""
+from lrurec.training.presets import Precision
 
 
 def dtype_of(precision: Precision) -> torch.dtype:

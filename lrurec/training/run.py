@@ -17,8 +17,8 @@ from lrurec.training.checkpoint import Progress, read_checkpoint, write_checkpoi
 from lrurec.training.cooccurrence import cooccurrence_embeddings
 from lrurec.training.loss import softmax_cross_entropy
 from lrurec.training.memory import return_freed_memory
-from lrurec.training.precision import Precision, dtype_of
-from lrurec.training.presets import TrainingSettings
+from lrurec.training.precision import dtype_of
+from lrurec.training.presets import Precision, TrainingSettings
 from lrurec.training.windows import Batch, Windows, epoch_order
 
 ADAM_EPS = 1e-9

@@ -20,8 +20,8 @@ from lrurec.errors import DeviceError, TrainingError
 from lrurec.evaluation import Metrics
 from lrurec.interactions import MIN_CLICKS_TO_EVALUATE, HeldOut, Interactions, Split, leave_one_out
 from lrurec.threads import limited_threads
-from lrurec.training.precision import Precision, dtype_of
-from lrurec.training.presets import TrainingSettings
+from lrurec.training.precision import dtype_of
+from lrurec.training.presets import Precision, TrainingSettings
 from lrurec.training.run import TrainingRun
 
 CHECKPOINT_SECONDS = 10.0
