@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import faust
@@ -17,17 +16,19 @@ from lrurec.bundle import Bundle, load_bundle
 from lrurec.serving import build_engine, state_layout
 from lrurec.user_state import StateLayout
 from stream_app.committed import commit_note
+from stream_app.delivery import AtLeastOnce, Delivery, Topics
 from stream_app.errors import SettingsError
 from stream_app.health import HealthServer
 from stream_app.messages import ClickLimits, RecommendationEncoder
 from stream_app.metrics import Metrics
 from stream_app.micro_batch import MicroBatcher
-from stream_app.pipeline import Pipeline, Topics
+from stream_app.pipeline import Pipeline
 from stream_app.publisher import Publisher
 from stream_app.record_batches import RecordBatchConsumer, RecordBatchSchema, RecordBatchTransport
 from stream_app.settings import Settings
 from stream_app.state_table import StoreOptions, UserStateTable, user_state_table
 from stream_app.topics import FoundTopic
+from stream_app.transactions import ExactlyOnce, Group, Limits
 
 #: Events that may wait in Faust's queue. The transport's own limit, in clicks, is far below, so that Faust never finds
 #: it full: it would stop polling for a second.
@@ -48,7 +49,7 @@ class Parts:
     clicks_topic: str
     bundle: Bundle
     table: UserStateTable
-    publisher: Publisher
+    delivery: Delivery[Any]
     pipeline: Pipeline
     health: HealthServer
     metrics: Metrics
@@ -85,24 +86,41 @@ def build_parts(settings: Settings, topics: Mapping[str, FoundTopic]) -> Parts:
         limits=_limits(settings, encoder, layout, topics),
         only_latest=settings.publish == "latest",
     )
-    app = build_app(settings, commit_note(changelog_id))
-    publisher = Publisher(settings.kafka_client(), _largest_batch(settings, topics))
-    append = partial(publisher.append, settings.changelog_topic)
-    table = user_state_table(app, StoreOptions(layout, changelog_id, append, settings.state_cache_mb << 20))
+    note = commit_note(changelog_id)
+    app = build_app(settings, note)
+    delivery = build_delivery(settings, topics, note)
+    options = StoreOptions(
+        layout, changelog_id, delivery.append, delivery.take_over, delivery.end_markers, settings.state_cache_mb << 20
+    )
+    table = user_state_table(app, options)
     metrics = Metrics()
     pipeline = Pipeline(
         batcher,
         table.store,
-        publisher,
-        Topics(settings.recommendations_topic, settings.dead_letter_topic, settings.changelog_topic),
+        delivery,
         metrics,
         max_batch=settings.max_batch,
         max_wait_seconds=settings.max_wait_ms / 1000,
-        timeout_seconds=settings.broker_timeout_seconds + 5,
     )
     add_agent(app, settings, pipeline)
     health = HealthServer(metrics, lambda: is_ready(app), lambda: _refresh(app, metrics))
-    return Parts(app, settings.clicks_topic, bundle, table, publisher, pipeline, health, metrics)
+    return Parts(app, settings.clicks_topic, bundle, table, delivery, pipeline, health, metrics)
+
+
+def build_delivery(settings: Settings, found: Mapping[str, FoundTopic], note: str) -> Delivery[Any]:
+    """How results become durable, by the guarantee that is set."""
+    topics = Topics(settings.recommendations_topic, settings.dead_letter_topic, settings.changelog_topic)
+    timeout_seconds = settings.broker_timeout_seconds + 5
+    if settings.guarantee == "at_least_once":
+        return AtLeastOnce(Publisher(settings.kafka_client(), _largest_batch(settings, found)), topics, timeout_seconds)
+    limits = Limits(
+        recommendation_partitions=found[topics.recommendations].partitions,
+        dead_letter_partitions=found[topics.dead_letters].partitions,
+        batch=_largest_batch(settings, found),
+        dead_letter=found[topics.dead_letters].max_message_bytes,
+    )
+    group = Group(settings.app_id, settings.clicks_topic, note)
+    return ExactlyOnce(settings.kafka_client(), topics, group, limits, timeout_seconds)
 
 
 def _largest_batch(settings: Settings, topics: Mapping[str, FoundTopic]) -> int:
@@ -168,6 +186,7 @@ def build_app(settings: Settings, note: str) -> faust.App:
     )
     transport = RecordBatchTransport(app.conf.broker_consumer, app)
     transport.commit_note = note
+    transport.commits = settings.guarantee == "at_least_once"
     app.transport = transport
     return app
 

@@ -41,8 +41,8 @@ class Metrics:
         self.applied.inc(outbox.applied)
         self.skipped.inc(outbox.skipped)
         self.unknown_items.inc(outbox.unknown_items)
-        self.dead_letters.inc(len(outbox.dead_letters))
-        self.recommendations.inc(len(outbox.recommendations))
+        self.dead_letters.inc(sum(map(len, outbox.dead_letters.values())))
+        self.recommendations.inc(sum(map(len, outbox.recommendations.values())))
         self.micro_batches.inc()
         self.duration.observe(seconds)
 

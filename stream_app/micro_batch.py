@@ -37,12 +37,15 @@ class KeyValue(NamedTuple):
 
 @dataclass(slots=True)
 class Outbox:
-    """What a micro-batch leaves to write, in the order in which it has to become durable, and what it counted."""
+    """What a micro-batch leaves to write, by source partition, and what it counted.
 
-    recommendations: list[KeyValue] = field(default_factory=list)
-    dead_letters: list[DeadLetter] = field(default_factory=list)
+    In the order in which it has to become durable.
+    """
+
+    recommendations: dict[int, list[KeyValue]] = field(default_factory=dict)
+    dead_letters: dict[int, list[DeadLetter]] = field(default_factory=dict)
     states: dict[int, list[KeyValue]] = field(default_factory=dict)
-    """Source partition → user and packed state, for every user whose state went on."""
+    """User and packed state, for every user whose state went on."""
 
     applied: int = 0
     skipped: int = 0
@@ -79,7 +82,8 @@ class MicroBatcher:
         users: dict[tuple[int, bytes], int] = {}
         for part in parts:
             part.users = [users.setdefault((part.partition, key), len(users)) for key in part.clicks.user]
-            outbox.dead_letters += part.clicks.dead_letters
+            if part.clicks.dead_letters:
+                outbox.dead_letters.setdefault(part.partition, []).extend(part.clicks.dead_letters)
             outbox.unknown_items += part.clicks.unknown_items
         if users:
             states = self.engine.layout.unpack(_load_by_partition(users, load))
@@ -112,9 +116,9 @@ class MicroBatcher:
             ranking.clicks.tolist(), strict=True,
         )  # fmt: skip
         for click, items, scores, count in lists:
-            key = users[user[click]][1]
+            partition, key = users[user[click]]
             value = self.encoder.encode(key.decode(), items, scores, count, sources[click], now_ms)
-            outbox.recommendations.append(KeyValue(key, value))
+            outbox.recommendations.setdefault(partition, []).append(KeyValue(key, value))
 
 
 @dataclass(slots=True)

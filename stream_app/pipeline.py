@@ -8,6 +8,8 @@ Micro-batches leave every stage in the order in which they entered it. A user's 
 recommendations up to that click are acknowledged, in RocksDB only when it is in the changelog, and the clicks are
 acknowledged last. A kill between any two steps therefore repeats work on restart, and the offset in each state tells
 what was applied: nothing is lost, no click is applied twice.
+
+How outputs and changelog become durable is the delivery's: one after the other, or both in one transaction.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from typing import Any
 import structlog
 from faust.types import EventT
 
+from stream_app.delivery import Delivery
 from stream_app.metrics import Metrics
 from stream_app.micro_batch import KeyValue, MicroBatcher, Outbox
-from stream_app.publisher import Batch, Publisher, acknowledged, offsets_of
 from stream_app.record_batches import records_of
 from stream_app.state_table import UserStateStore
 
@@ -33,15 +35,6 @@ log = structlog.get_logger(__name__)
 
 #: Micro-batches waiting before each stage. Two hide Kafka's round trip; more only adds latency and memory.
 DEPTH = 2
-
-
-@dataclass(frozen=True)
-class Topics:
-    """Where a pipeline writes."""
-
-    recommendations: str
-    dead_letters: str
-    changelog: str
 
 
 @dataclass(slots=True)
@@ -53,10 +46,7 @@ class _MicroBatch:
     clicks: int
     started: float
     outbox: Outbox = field(default_factory=Outbox)
-    recommendations: list[Batch] = field(default_factory=list)
-    changelog: dict[int, list[Batch]] = field(default_factory=dict)
-    in_flight: list[asyncio.Future[Any]] = field(default_factory=list)
-    changelog_in_flight: dict[int, list[asyncio.Future[Any]]] = field(default_factory=dict)
+    parcel: Any = None
 
 
 class Pipeline:
@@ -65,12 +55,10 @@ class Pipeline:
     Args:
         batcher: the pure computation.
         store: the table's store.
-        publisher: connected producer.
-        topics: where to write.
+        delivery: writes to Kafka; connected.
         metrics: what is counted.
         max_batch: clicks in a micro-batch; one event with more makes a larger one.
         max_wait_seconds: how long to wait for a micro-batch to fill.
-        timeout_seconds: deadline for Kafka's acknowledgements.
 
     """
 
@@ -78,21 +66,17 @@ class Pipeline:
         self,
         batcher: MicroBatcher,
         store: UserStateStore,
-        publisher: Publisher,
-        topics: Topics,
+        delivery: Delivery[Any],
         metrics: Metrics,
         *,
         max_batch: int,
         max_wait_seconds: float,
-        timeout_seconds: float,
     ) -> None:
         self._batcher = batcher
-        self._publisher = publisher
-        self._topics = topics
+        self._delivery = delivery
         self._metrics = metrics
         self._max_batch = max_batch
         self._max_wait_seconds = max_wait_seconds
-        self._timeout_seconds = timeout_seconds
         self._store = store
         self._unpersisted = _UnpersistedStates(store)
         self._arrived: asyncio.Queue[EventT[Any]] = asyncio.Queue()
@@ -175,31 +159,23 @@ class Pipeline:
         records = [records_of(event) for event in batch.events]
         batch.outbox = outbox = self._batcher.advance(records, self._unpersisted.load, now_ms)
         self._unpersisted.remember(batch.number, outbox.states)
-        batch.recommendations = self._publisher.pack(self._topics.recommendations, outbox.recommendations, now_ms)
-        for partition, rows in outbox.states.items():
-            batch.changelog[partition] = self._publisher.pack_for(partition, rows, now_ms)
+        # Batches of a partition come in log order, so its last one has the highest offset.
+        ends = {event.message.partition: event.message.offset + 1 for event in batch.events}
+        batch.parcel = self._delivery.pack(outbox, ends, now_ms)
 
     async def _send_outputs(self) -> None:
         batch = await self._computed.get()
-        dead_letters = batch.outbox.dead_letters
-        batch.in_flight = await self._publisher.send(self._topics.recommendations, batch.recommendations)
-        batch.in_flight += await self._publisher.send_dead_letters(self._topics.dead_letters, dead_letters)
+        await self._delivery.send_outputs(batch.parcel)
         await self._sent.put(batch)
 
     async def _send_changelog(self) -> None:
         batch = await self._sent.get()
-        await acknowledged(batch.in_flight, "recommendations or dead letters", self._timeout_seconds)
-        for partition, records in batch.changelog.items():
-            sent = await self._publisher.send(self._topics.changelog, records)
-            batch.changelog_in_flight[partition] = sent
+        await self._delivery.send_states(batch.parcel)
         await self._logged.put(batch)
 
     async def _persist(self) -> None:
         batch = await self._logged.get()
-        offsets = {}
-        for partition, futures in batch.changelog_in_flight.items():
-            answers = await acknowledged(futures, "the changelog of user states", self._timeout_seconds)
-            offsets[partition] = offsets_of(batch.changelog[partition], answers)
+        offsets = await self._delivery.appended(batch.parcel)
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._disk_thread, self._write, batch.outbox.states, offsets)
         self._unpersisted.persisted = batch.number

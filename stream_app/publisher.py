@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import InvalidTimestampError, KafkaError, MessageSizeTooLargeError
@@ -23,11 +24,34 @@ BATCH_BYTES = 1_000_000
 LEFT_OUT = "-left-out"
 
 
+_Record = TypeVar("_Record", KeyValue, DeadLetter)
+
+
 class Batch(NamedTuple):
     """Records on their way to one partition."""
 
     partition: int
     records: BatchBuilder
+
+
+def by_partition(records: Sequence[_Record], partitions: int) -> dict[int, list[_Record]]:
+    """Records by their keys' partitions in a topic of so many, in order; those without a key as with an empty one."""
+    found: dict[int, list[_Record]] = {}
+    keys = [record.key or b"" for record in records]
+    for partition, record in zip(partitions_of(keys, partitions).tolist(), records, strict=True):
+        found.setdefault(partition, []).append(record)
+    return found
+
+
+def fill(new_batch: Callable[[], BatchBuilder], records: Iterable[Mapping[str, Any]]) -> list[BatchBuilder]:
+    """As many batches as it takes for these records, given by what `BatchBuilder.append` takes."""
+    batches = [new_batch()]
+    for record in records:
+        # A full batch takes no more, and says so only by what it returns; an empty one takes a record of any size.
+        if batches[-1].append(**record) is None:
+            batches.append(new_batch())
+            batches[-1].append(**record)
+    return batches
 
 
 class Publisher:
@@ -80,23 +104,16 @@ class Publisher:
 
     def pack(self, topic: str, records: Sequence[KeyValue], timestamp_ms: int) -> list[Batch]:
         """Records with their keys' partitions, batch by batch in order; can be called from another thread."""
-        by_partition: dict[int, list[KeyValue]] = {}
-        keys = [record.key for record in records]
-        for partition, record in zip(partitions_of(keys, self._partitions[topic]).tolist(), records, strict=True):
-            by_partition.setdefault(partition, []).append(record)
         return [
-            batch for partition, rows in by_partition.items() for batch in self.pack_for(partition, rows, timestamp_ms)
+            batch
+            for partition, rows in by_partition(records, self._partitions[topic]).items()
+            for batch in self.pack_for(partition, rows, timestamp_ms)
         ]
 
     def pack_for(self, partition: int, records: Iterable[tuple[bytes, bytes]], timestamp_ms: int) -> list[Batch]:
         """The same for one given partition."""
-        batches = [Batch(partition, self._producer.create_batch())]
-        for key, value in records:
-            # A full batch takes no more, and says so only by what it returns; an empty one takes a record of any size.
-            if batches[-1].records.append(key=key, value=value, timestamp=timestamp_ms) is None:
-                batches.append(Batch(partition, self._producer.create_batch()))
-                batches[-1].records.append(key=key, value=value, timestamp=timestamp_ms)
-        return batches
+        rows = ({"key": key, "value": value, "timestamp": timestamp_ms} for key, value in records)
+        return [Batch(partition, batch) for batch in fill(self._producer.create_batch, rows)]
 
     async def send(self, topic: str, batches: Iterable[Batch]) -> list[asyncio.Future[Any]]:
         """Hand batches over, in order for each partition; the futures resolve when Kafka has acknowledged them.
@@ -128,14 +145,10 @@ class Publisher:
         Raises:
             WorkerError: the batch before one of these did not get out in time.
         """
-        by_partition: dict[int, list[DeadLetter]] = {}
-        keys = [letter.key or b"" for letter in letters]
-        for partition, letter in zip(partitions_of(keys, self._partitions[topic]).tolist(), letters, strict=True):
-            by_partition.setdefault(partition, []).append(letter)
         try:
             return [
                 asyncio.ensure_future(self._see_through(topic, partition, part, await self._hand_over(topic, batch)))
-                for partition, rows in by_partition.items()
+                for partition, rows in by_partition(letters, self._partitions[topic]).items()
                 for batch, part in self._pack_dead_letters(partition, rows)
             ]
         except KafkaError as error:
@@ -180,7 +193,7 @@ class Publisher:
 
     async def _send_cut_down(self, topic: str, partition: int, letter: DeadLetter) -> None:
         # It fitted its own topic, compressed or with a larger limit, but not this one. The stream goes on all the same.
-        for smaller in (_without_value(letter), _without_content(letter)):
+        for smaller in itertools.islice(forms_of(letter), 1, None):
             batch = Batch(partition, self._dead_letter_producer.create_batch())
             _add(smaller, batch)
             try:
@@ -194,6 +207,13 @@ class Publisher:
 def _add(letter: DeadLetter, batch: Batch) -> bool:
     """Whether the batch had room for it; an empty one has for a letter of any size."""
     return batch.records.append(key=letter.key, value=letter.value, timestamp=None, headers=letter.headers) is not None
+
+
+def forms_of(letter: DeadLetter) -> Iterator[DeadLetter]:
+    """A dead letter, and then what is left of it where it is too large."""
+    yield letter
+    yield _without_value(letter)
+    yield _without_content(letter)
 
 
 def _without_value(letter: DeadLetter) -> DeadLetter:

@@ -11,10 +11,12 @@ that override Faust's say which of its habits they mend.
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, cast
 from weakref import WeakSet
 
+from aiokafka.consumer.fetcher import READ_UNCOMMITTED
 from aiokafka.structs import OffsetAndMetadata
 from faust import Schema
 from faust.transport.drivers import aiokafka as driver
@@ -52,13 +54,25 @@ class _Thread(driver.AIOKafkaConsumerThread):
         """
         client = super()._create_worker_consumer(transport)
         client._isolation_level = "read_committed"
-        commit, note = client.commit, cast("RecordBatchTransport", transport).commit_note
+        ours = cast("RecordBatchTransport", transport)
+        commit, note, commits = client.commit, ours.commit_note, ours.commits
 
         async def commit_with_note(offsets: Mapping[Any, Any]) -> None:
-            await commit({tp: OffsetAndMetadata(offset.offset, note) for tp, offset in offsets.items()})
+            if commits:
+                await commit({tp: OffsetAndMetadata(offset.offset, note) for tp, offset in offsets.items()})
 
         client.commit = commit_with_note
         return client
+
+    async def _highwaters(self, partitions: Sequence[Any]) -> Mapping[TP, int]:
+        """The ends of logs for a recovery, records of open transactions included: it waits for the end of those.
+
+        Else a worker would take a log for restored in which others' states may still come to light.
+        """
+        everything = copy.copy(self._ensure_consumer()._fetcher)
+        everything._isolation_level = READ_UNCOMMITTED
+        timeout_ms = self.app.conf.broker_request_timeout * 1000
+        return cast("Mapping[TP, int]", await everything.end_offsets(list(partitions), timeout_ms))
 
 
 class RecordBatchConsumer(driver.Consumer):
@@ -92,6 +106,7 @@ class RecordBatchConsumer(driver.Consumer):
             return
         async with self._polling:
             polled, active = await self._wait_next_records(timeout)
+            positions = self._positions()
         if self.should_stop:
             return
         if polled and not self.flow_active:
@@ -102,10 +117,22 @@ class RecordBatchConsumer(driver.Consumer):
                 return
             if active is None or tp in active or tp in self._buffered_partitions:
                 self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
-                message = self._to_message(tp, records)
-                if not self._is_changelog_tp(tp):
-                    self._delivered.add(message)
-                yield tp, message
+                yield tp, self._batch(tp, records, positions)
+        for tp in [] if polled else list(active or ()):
+            if self.flow_active and self._is_changelog_tp(tp) and positions.get(tp):
+                yield tp, self._batch(tp, [], positions)
+
+    def _batch(self, tp: TP, records: Sequence[Any], positions: Mapping[TP, int]) -> ConsumerMessage:
+        """What is delivered of a partition; of a changelog also how far it is read, without a record if need be.
+
+        Faust takes a changelog for read when it gets a message with its last offset, which may hold no record that is
+        ever seen: the end of a transaction, or what was written in one that was given up.
+        """
+        if self._is_changelog_tp(tp):
+            return self._message(tp, records, max([positions.get(tp, 0) - 1, *(r.offset for r in records[-1:])]))
+        message = self._message(tp, records, records[-1].offset)
+        self._delivered.add(message)
+        return message
 
     async def _has_room(self, timeout: float) -> bool:
         if self._is_below_limits():
@@ -122,14 +149,13 @@ class RecordBatchConsumer(driver.Consumer):
         size = sum(message.serialized_value_size for message in self._delivered)
         return records < self.max_unacknowledged and size < self.max_unacknowledged_bytes
 
-    def _to_message(self, tp: TP, records: Sequence[Any]) -> ConsumerMessage:
-        last = records[-1]
+    def _message(self, tp: TP, records: Sequence[Any], offset: int) -> ConsumerMessage:
         return ConsumerMessage(
-            last.topic,
-            last.partition,
-            last.offset,
-            last.timestamp / 1000.0,
-            last.timestamp_type,
+            tp.topic,
+            tp.partition,
+            offset,
+            records[-1].timestamp / 1000.0 if records else 0.0,
+            records[-1].timestamp_type if records else 0,
             None,
             None,
             cast("bytes", records),  # Faust's types know of one record's bytes only
@@ -278,6 +304,9 @@ class RecordBatchTransport(driver.Transport):
 
     commit_note: str = ""
     """What the group's committed offsets carry as metadata."""
+
+    commits: bool = True
+    """Whether Faust commits offsets. Where transactions do, a commit that comes later could fall behind them."""
 
 
 def _bytes_of(record: Record) -> int:

@@ -123,6 +123,11 @@ class Settings:
         _choice("each", "latest"),
         "a recommendation for each click, or only for a user's latest in a micro-batch",
     )
+    guarantee: Literal["at_least_once", "exactly_once"] = _setting(
+        "at_least_once",
+        _choice("at_least_once", "exactly_once"),
+        "whether recommendations may be repeated after a failure, or never for consumers that read committed ones only",
+    )
     max_batch: int = _setting(2_048, _integer(1, 65_536), "clicks in a micro-batch, at most")
     max_wait_ms: int = _setting(0, _integer(0, 10_000), "milliseconds to wait for a micro-batch to fill")
     max_click_bytes: int = _setting(65_536, _integer(64, 16_777_216), "a longer click goes to the dead letters")

@@ -19,7 +19,7 @@ import re
 import shutil
 import struct
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +61,9 @@ Row = tuple[bytes, bytes]
 #: (partition, rows) → the changelog offsets that hold them, acknowledged.
 AppendToChangelog = Callable[[int, Sequence[Row]], Awaitable[range]]
 
+#: (partitions) → once nobody else writes to their changelogs any more that can be kept from it.
+TakeOver = Callable[[Collection[int]], Awaitable[None]]
+
 
 @dataclass(frozen=True)
 class StoreOptions:
@@ -70,6 +73,8 @@ class StoreOptions:
         layout: every stored state has this layout; a local database with another one is set aside and rebuilt.
         changelog_id: Kafka's id of the changelog topic; a local database of another changelog is refused.
         append: writes to the changelog.
+        take_over: called with the partitions that are assigned, before they are restored.
+        end_markers: offsets that Kafka takes for itself behind what is appended at once.
         cache_bytes: block cache, shared by all partitions.
 
     """
@@ -77,6 +82,8 @@ class StoreOptions:
     layout: StateLayout
     changelog_id: bytes
     append: AppendToChangelog
+    take_over: TakeOver
+    end_markers: int
     cache_bytes: int
 
 
@@ -96,6 +103,9 @@ class UserStateStore(SerializedStore):
         self.layout = options.layout
         self._changelog_id = options.changelog_id
         self._append = options.append
+        self._take_over = options.take_over
+        self._end_markers = options.end_markers
+        self._following: dict[int, int] = {}  # the offset that the next record gets, if nobody else writes one
         self._overtaken: dict[int, frozenset[bytes]] = {}
         self._identity = self.layout.header + struct.pack("<q", self.layout.dtype.itemsize)
         self._cache = rocksdict.Cache(options.cache_bytes)
@@ -128,10 +138,13 @@ class UserStateStore(SerializedStore):
             StateError: as for `persist`; or somebody else has written to the changelog since the last time.
         """
         last = self.persisted_offset(TP("", partition))
-        if last is not None and offsets.start > last + 1:
-            raise foreign_record(partition, last + 1)
-        if last is None or offsets[-1] > last:  # else a recovery has read them back meanwhile
-            self.persist(partition, rows, offsets[-1])
+        if last is not None and offsets[-1] <= last:
+            return  # a recovery has read them back meanwhile
+        following = self._following.get(partition, offsets.start if last is None else last + 1)
+        if offsets.start > following:
+            raise foreign_record(partition, following)
+        self.persist(partition, rows, offsets[-1])
+        self._following[partition] = offsets.stop + self._end_markers
 
     # -- what Faust uses
 
@@ -160,6 +173,7 @@ class UserStateStore(SerializedStore):
                 overtaken = self._overtaken[partition]
                 restored = restore_rows(((r.key, r.value) for r in records), stored, overtaken, self.layout)
                 self._write(partition, restored.rows, event.message.offset, restored.overtaken)
+                self._following[partition] = event.message.offset + 1
                 self.restored += len(records)
         except Exception as error:
             folder = self._folder()
@@ -174,6 +188,7 @@ class UserStateStore(SerializedStore):
         ours = {tp.partition for tp in assigned if tp.topic in self.table.changelog_topic.topics}
         for partition in self._databases.keys() - ours:
             await asyncio.to_thread(self._close, partition)
+        await self._take_over(ours)
         for partition in ours - self._databases.keys():
             self._databases[partition] = await asyncio.to_thread(self._open, partition)
 
@@ -310,6 +325,7 @@ class UserStateStore(SerializedStore):
 
     def _close(self, partition: int) -> None:
         self._overtaken.pop(partition, None)
+        self._following.pop(partition, None)
         try:
             self._databases.pop(partition).close()
         except Exception as error:  # noqa: BLE001  (what a bad disk did not take is in the changelog)

@@ -74,14 +74,14 @@ async def _run(settings: Settings) -> None:
     try:
         if settings.web_port:
             await parts.health.start(settings.web_host, settings.web_port)
-        await _unless_asked(stop, parts.publisher.start(verified.keys() - {settings.clicks_topic}))
+        await _unless_asked(stop, parts.delivery.start())
         await _work(parts, stop, verified, settings)
     except _StopAsked:
         pass
     finally:
         with suppress(TimeoutError):  # nothing is under way any more that could be lost
             async with asyncio.timeout(_leaving_seconds(settings)):
-                await parts.publisher.stop()
+                await parts.delivery.stop()
                 await parts.health.stop()
     log.info("stopped", clicks=int(value(parts.metrics.applied)))
 

@@ -23,6 +23,7 @@ from stream_app.verify.judge import judge
 from stream_app.verify.ledger import Entry, Ledger
 from stream_app.verify.oracle import Expectations, Kind, bytes_digest, check_bucket, click_payload
 from stream_app.verify.report import Report
+from stream_app.verify.unseen import Unseen
 
 _POLL_RECORDS = 10_000
 _POLL_SECONDS = 1.0
@@ -151,9 +152,10 @@ class _Reading:
             async with asyncio.timeout(self.settings.broker_timeout_seconds):
                 await consumer.start()
                 partitions = [TopicPartition(topic, number) for number in range(self.topics[topic].partitions)]
-                consumer.assign(partitions)
                 starts = await consumer.beginning_offsets(partitions)
                 ends = await consumer.end_offsets(partitions)
+                unseen = Unseen(consumer, ends)
+                consumer.assign(partitions)
             count = await self._read_to(consumer, ends, note)
         except (KafkaError, TimeoutError) as error:
             raise BrokerUnavailable(
@@ -161,7 +163,7 @@ class _Reading:
             ) from None
         finally:
             await consumer.stop()
-        return _Log(not any(starts.values()), count == sum(ends.values()))
+        return _Log(not any(starts.values()), count + unseen.count == sum(ends.values()))
 
     async def _read_to(
         self, consumer: AIOKafkaConsumer, ends: dict[TopicPartition, int], note: Callable[[ConsumerRecord], None]

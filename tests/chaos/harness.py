@@ -35,16 +35,24 @@ class Harness:
         seed: of the clicks and of what is done to disks.
         rate: clicks a second, at most.
         mutation: one of `mutations.MUTATIONS`, for workers that are wrong on purpose.
+        guarantee: the workers' setting.
         report: is given a line now and then.
 
     """
 
     def __init__(
-        self, folder: Path, *, seed: int, rate: float, mutation: str = "", report: Callable[[str], None] = print
+        self,
+        folder: Path,
+        *,
+        seed: int,
+        rate: float,
+        mutation: str = "",
+        guarantee: str = "at_least_once",
+        report: Callable[[str], None] = print,
     ) -> None:
         self.counts = Counts()
         self._report = report
-        self._stage = Stage(folder, self.counts, mutation)
+        self._stage = Stage(folder, self.counts, mutation, guarantee)
         self._accidents = Accidents(self._stage, self.counts, seed)
         self._stream = ClickStream(self._stage.settings, self.counts, random.Random(f"{seed} clicks"), rate)
         self._actions: list[Action] = []
@@ -135,3 +143,10 @@ async def _together(*coroutines: Coroutine[Any, Any, None]) -> None:
 async def _cancelled(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+def is_once(found: dict[str, Any]) -> bool:
+    """Whether no click was found answered twice, by what `stream-app verify` says, and no other record either."""
+    return bool(found["every_click"] and not found["repeated_recommendations"]) and (
+        found["dead_letters"] == found["poison"]
+    )

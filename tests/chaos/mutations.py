@@ -12,6 +12,7 @@ import numpy as np
 
 import stream_app.micro_batch
 import stream_app.state_table
+from stream_app.delivery import AtLeastOnce
 from stream_app.pipeline import Pipeline
 from stream_app.state_table import Restored, UserStateStore
 
@@ -33,20 +34,18 @@ def acknowledge_early() -> None:
 def swap_outputs_and_changelog() -> None:
     """A state is in the changelog and in RocksDB before the recommendations up to it are sent."""
 
-    async def keep(self: Any) -> None:
-        await self._sent.put(await self._computed.get())
+    async def keep(self: Any, parcel: Any) -> None:
+        pass
 
-    persist = Pipeline._persist
+    send_outputs, persist = AtLeastOnce.send_outputs, Pipeline._persist
 
     async def persist_then_send(self: Any) -> None:
         batch = await self._logged.get()
         self._logged._queue.appendleft(batch)
         await persist(self)
-        outbox = batch.outbox
-        await self._publisher.send(self._topics.recommendations, batch.recommendations)
-        await self._publisher.send_dead_letters(self._topics.dead_letters, outbox.dead_letters)
+        await send_outputs(self._delivery, batch.parcel)
 
-    Pipeline._send_outputs = keep  # type: ignore[method-assign]
+    AtLeastOnce.send_outputs = keep  # type: ignore[method-assign]
     Pipeline._persist = persist_then_send  # type: ignore[method-assign]
 
 

@@ -12,10 +12,12 @@ from typing import Any
 
 from faust.transport.drivers.aiokafka import Consumer
 
-import stream_app.pipeline
+import stream_app.delivery
+import stream_app.transactions
 import stream_app.worker
 from stream_app.publisher import Publisher
 from stream_app.state_table import UserStateStore
+from stream_app.transactions import PartitionProducer
 
 POINTS = (
     "recommendations unsent",
@@ -55,8 +57,10 @@ def most_passes(point: str) -> int:
     return 1 if point in _STARTING else 2 if point.startswith("offsets") else 20
 
 
-def signal_at(point: str, count: int, number: int) -> None:
+def signal_at(point: str, count: int, number: int, *, exactly_once: bool = False) -> None:
     """Make this process send itself SIGKILL or SIGSTOP when it passes the point for the count-th time.
+
+    With `exactly_once` the same points lie in and around transactions, and offsets are committed by their ends.
 
     Raises:
         KeyError: there is no such point.
@@ -70,6 +74,18 @@ def signal_at(point: str, count: int, number: int) -> None:
         if name == point and left[name] == 0:
             os.kill(os.getpid(), number)
 
+    if exactly_once:
+        _in_transactions(passes)
+    else:
+        _between_steps(passes)
+    _around(UserStateStore, "persist_appended", passes, "states unwritten", "states written")
+    _around(UserStateStore, "apply_changelog_batch", passes, "states unrestored", "states restored")
+    rebalance = "partitions to open or close", "partitions opened and closed"
+    _around_awaited(UserStateStore, "on_rebalance", passes, *rebalance)
+    _around_awaited(stream_app.worker, "_drain", passes, "draining", "drained")
+
+
+def _between_steps(passes: Callable[[str], None]) -> None:
     send = Publisher.send
 
     async def send_with_points(self: Publisher, topic: str, batches: Any) -> Any:
@@ -81,7 +97,7 @@ def signal_at(point: str, count: int, number: int) -> None:
             passes(f"{name} sent")
         return sent
 
-    acknowledged = stream_app.pipeline.acknowledged
+    acknowledged = stream_app.delivery.acknowledged
 
     async def acknowledged_with_points(futures: Any, what: str, timeout_seconds: float) -> Any:
         answers = await acknowledged(futures, what, timeout_seconds)
@@ -101,13 +117,32 @@ def signal_at(point: str, count: int, number: int) -> None:
 
     Publisher.send = send_with_points  # type: ignore[method-assign]
     Publisher.send_dead_letters = send_dead_letters_with_points  # type: ignore[method-assign]
-    stream_app.pipeline.acknowledged = acknowledged_with_points
-    _around(UserStateStore, "persist_appended", passes, "states unwritten", "states written")
-    _around(UserStateStore, "apply_changelog_batch", passes, "states unrestored", "states restored")
-    rebalance = "partitions to open or close", "partitions opened and closed"
-    _around_awaited(UserStateStore, "on_rebalance", passes, *rebalance)
+    stream_app.delivery.acknowledged = acknowledged_with_points
     _around_awaited(Consumer, "_commit", passes, "offsets uncommitted", "offsets committed")
-    _around_awaited(stream_app.worker, "_drain", passes, "draining", "drained")
+
+
+def _in_transactions(passes: Callable[[str], None]) -> None:
+    send, everything = PartitionProducer._send, stream_app.transactions._all
+
+    async def send_with_points(self: PartitionProducer, addressed: Any) -> Any:
+        names = {self._topics.recommendations: "recommendations", self._topics.dead_letters: "dead letters"}
+        passed = {names.get(topic, "changelog") for topic, _ in addressed}
+        for name in passed:
+            passes(f"{name} unsent")
+        sent = await send(self, addressed)
+        for name in passed:
+            passes(f"{name} sent")
+        return sent
+
+    async def everything_with_points(*awaited: Any) -> Any:
+        answers = await everything(*awaited)
+        passes("recommendations acknowledged")
+        passes("changelog acknowledged")
+        return answers
+
+    PartitionProducer._send = send_with_points  # type: ignore[method-assign]
+    stream_app.transactions._all = everything_with_points
+    _around_awaited(PartitionProducer, "_commit", passes, "offsets uncommitted", "offsets committed")
 
 
 def _around(owner: Any, name: str, passes: Callable[[str], None], before: str, after: str) -> None:

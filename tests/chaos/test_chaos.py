@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.chaos.clock import let_jump
 from tests.chaos.counts import Counts
-from tests.chaos.harness import Harness
+from tests.chaos.harness import Harness, is_once
 from tests.chaos.points import POINTS, RESTORING, signal_at
 from tests.chaos.schedule import (
     Action,
@@ -144,6 +144,18 @@ async def test_kills_between_durable_steps_and_a_zombie_lose_and_double_nothing(
     assert found["repeated_recommendations"], "no kill fell between an output and its commit: nothing was tested"
     assert harness.counts.all_kills == 6
     assert harness.counts.zombies == harness.counts.leaves == 1
+
+
+@pytest.mark.timeout(400)
+async def test_with_exactly_once_nothing_is_repeated_for_who_reads_committed_records(tmp_path: Path) -> None:
+    points = ["recommendations sent", "changelog acknowledged", "offsets uncommitted", "offsets committed"]
+    actions: list[Action] = [Kill(point, 3, "kept") for point in points]
+    actions += [Kill("states restored", 1, "lost"), Freeze("changelog acknowledged", 3, SESSION_SECONDS + 2)]
+    harness, found = await after(tmp_path, actions, guarantee="exactly_once")
+    assert found["clean"], found["differences"]
+    assert is_once(found), found
+    assert harness.counts.all_kills == 5
+    assert harness.counts.zombies == 1
 
 
 @pytest.mark.timeout(400)

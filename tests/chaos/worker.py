@@ -102,7 +102,8 @@ def _become_chaotic(
     if mutation:
         MUTATIONS[mutation]()
     if point:
-        signal_at(point, count, signal)
+        exactly_once = os.environ.get("STREAM_APP_GUARANTEE") == "exactly_once"
+        signal_at(point, count, signal, exactly_once=exactly_once)
     if hours:
         let_jump(hours, hours_seconds)
     if largest_file is not None:  # Python ignores the signal that comes with it

@@ -82,8 +82,8 @@ async def test_metrics_are_refreshed_and_in_prometheus_format(get, worker):
 
 async def test_metrics_count_what_a_micro_batch_did(get, worker):
     outbox = Outbox(
-        recommendations=[KeyValue(b"u", b"{}")] * 5,
-        dead_letters=[DeadLetter(None, None, [])] * 2,
+        recommendations={0: [KeyValue(b"u", b"{}")] * 3, 4: [KeyValue(b"u", b"{}")] * 2},
+        dead_letters={0: [DeadLetter(None, None, [])] * 2},
         applied=7,
         skipped=3,
         unknown_items=4,

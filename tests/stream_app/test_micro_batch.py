@@ -77,8 +77,12 @@ class World:
         outbox = self.batcher.advance(batches, self.load, NOW_MS)
         for partition, rows in outbox.states.items():
             self.states[partition].update(rows)
-        self.recommendations += outbox.recommendations
-        self.dead_letters += outbox.dead_letters
+        for partition, published in outbox.recommendations.items():
+            self.recommendations += published
+            assert {json.loads(value)["source"]["partition"] for _, value in published} == {partition}
+        for partition, letters in outbox.dead_letters.items():
+            self.dead_letters += letters
+            assert {dict(letter.headers)["__streams.errors.partition"] for letter in letters} == {b"%d" % partition}
         self.applied += outbox.applied
         self.skipped += outbox.skipped
         self.unknown_items += outbox.unknown_items
@@ -132,7 +136,7 @@ def test_a_click_gives_its_user_a_state_and_a_recommendation(batcher, bundle):
 def test_nothing_leads_to_nothing(any_batcher):
     outbox = World(any_batcher).run([], [])
     assert outbox == World(any_batcher).run()
-    assert (outbox.recommendations, outbox.dead_letters, outbox.states) == ([], [], {})
+    assert (outbox.recommendations, outbox.dead_letters, outbox.states) == ({}, {}, {})
 
 
 def test_a_users_clicks_in_one_micro_batch_build_on_each_other(batcher):

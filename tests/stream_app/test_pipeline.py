@@ -13,11 +13,12 @@ from aiokafka.errors import KafkaError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stream_app.delivery import AtLeastOnce, Topics
 from stream_app.errors import WorkerError
 from stream_app.messages import DeadLetter
 from stream_app.metrics import Metrics
 from stream_app.micro_batch import KeyValue, Outbox
-from stream_app.pipeline import Pipeline, Topics, _UnpersistedStates
+from stream_app.pipeline import Pipeline, _UnpersistedStates
 
 PARTITIONS, USERS = 2, 3
 
@@ -119,15 +120,16 @@ class Journal:
     # as events and the computation
     def event(self, *records: str) -> Any:
         return SimpleNamespace(
-            message=SimpleNamespace(value=list(records)), ack=lambda: self.steps.append(f"ack {'+'.join(records)}")
+            message=SimpleNamespace(value=list(records), partition=3, offset=0),
+            ack=lambda: self.steps.append(f"ack {'+'.join(records)}"),
         )
 
     def advance(self, batches: Sequence[Sequence[str]], load: Any, now_ms: int) -> Outbox:
         self.before_the_computation()
         records = [record for batch in batches for record in batch]
         return Outbox(
-            recommendations=[KeyValue(b"u", f"list-{record}".encode()) for record in records],
-            dead_letters=[DeadLetter(None, f"letter-{record}".encode(), []) for record in records],
+            recommendations={3: [KeyValue(b"u", f"list-{record}".encode()) for record in records]},
+            dead_letters={3: [DeadLetter(None, f"letter-{record}".encode(), []) for record in records]},
             states={3: [KeyValue(f"user-{record}".encode(), f"state-{record}".encode()) for record in records]},
             applied=len(records),
         )
@@ -142,7 +144,8 @@ async def journal() -> Journal:
 async def pipeline(journal: Journal) -> AsyncIterator[tuple[Pipeline, asyncio.Task[None]]]:
     topics = Topics("recommendations", "dead-letters", "changelog")
     part: Any = journal
-    made = Pipeline(part, part, part, topics, Metrics(), max_batch=2, max_wait_seconds=0, timeout_seconds=5)
+    delivery = AtLeastOnce(part, topics, timeout_seconds=5)
+    made = Pipeline(part, part, delivery, Metrics(), max_batch=2, max_wait_seconds=0)
     running = asyncio.create_task(made.run())
     yield made, running
     running.cancel()

@@ -10,6 +10,8 @@ from typing import Any
 
 import faust
 import pytest
+from aiokafka import AIOKafkaConsumer
+from aiokafka.structs import OffsetAndMetadata
 from faust.types import TP
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ class Consumer(RecordBatchConsumer):
     """Answers what Kafka would: polls from a list, no committed offsets to ask for."""
 
     polls: list[dict[TP, list[Any]]]
+    position: int
 
     async def _seek_sources(self) -> None:
         async with self._polling:
@@ -33,6 +36,9 @@ class Consumer(RecordBatchConsumer):
 
     def highwater(self, tp: TP) -> int:
         return 100
+
+    def _positions(self) -> dict[TP, int]:
+        return {SOURCE: self.position, CHANGELOG: self.position}
 
     def _is_changelog_tp(self, tp: TP) -> bool:
         return tp == CHANGELOG
@@ -48,6 +54,7 @@ def a_consumer(**settings: Any) -> Iterator[Consumer]:
     made = Consumer(transport, ignore, ignore, ignore)
     app.consumer = made
     made.polls = []
+    made.position = 0
     try:
         yield made
     finally:
@@ -169,6 +176,51 @@ async def test_what_is_restored_from_the_changelog_takes_no_room(consumer: Consu
     for number in range(20):
         assert len(await delivered(consumer, {CHANGELOG: records(number * 50, 50, CHANGELOG)})) == 1
     assert len(await delivered(consumer, {SOURCE: records(0, 10)})) == 1
+
+
+async def test_a_changelogs_message_tells_how_far_it_is_read_though_nothing_is_seen_of_its_end(
+    consumer: Consumer,
+) -> None:
+    await open_source(consumer)
+    consumer.resume_partitions({CHANGELOG})
+    consumer.position = 12  # as behind the end of a transaction
+    (message,) = await delivered(consumer, {CHANGELOG: records(5, 6, CHANGELOG)})
+    assert (message.offset, len(message.value)) == (11, 6)
+    consumer.position = 20  # as behind what was given up
+    (message,) = await delivered(consumer, {})
+    assert (message.tp, message.offset, list(message.value)) == (CHANGELOG, 19, [])
+    consumer.position = 3  # as after a rebalance meanwhile
+    (message,) = await delivered(consumer, {CHANGELOG: records(5, 6, CHANGELOG)})
+    assert message.offset == 10
+    consumer.pause_partitions({CHANGELOG})
+    assert await delivered(consumer, {}) == []
+
+
+async def test_a_sources_message_ends_with_its_last_record(consumer: Consumer) -> None:
+    await open_source(consumer)
+    consumer.position = 12
+    (message,) = await delivered(consumer, {SOURCE: records(5, 6)})
+    assert message.offset == 10
+    assert await delivered(consumer, {}) == []
+
+
+@pytest.mark.parametrize("commits", [True, False])
+async def test_offsets_are_committed_with_the_note_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, commits: bool
+) -> None:
+    committed: list[Any] = []
+
+    async def commit(self: Any, offsets: Any) -> None:
+        committed.append(offsets)
+
+    monkeypatch.setattr(AIOKafkaConsumer, "commit", commit)
+    with a_consumer() as consumer:
+        transport: Any = consumer.transport
+        transport.commit_note, transport.commits = "a note", commits
+        client = consumer._thread._create_worker_consumer(transport)
+        await client.commit({SOURCE: OffsetAndMetadata(7, "")})
+        await client.stop()
+    assert committed == [{SOURCE: OffsetAndMetadata(7, "a note")}] * commits
 
 
 async def test_there_is_room_for_two_of_the_largest_micro_batches() -> None:

@@ -42,6 +42,7 @@ CASES = {
     "exclude_seen": ("False", False, ["maybe", "", "2"], "true or false"),
     "recent_items": ("50", 50, ["0", "10001"], "a whole number from 1 to 10,000"),
     "publish": ("Latest", "latest", ["all", ""], "one of each, latest"),
+    "guarantee": ("Exactly_Once", "exactly_once", ["exactly-once", ""], "one of at_least_once, exactly_once"),
     "max_batch": ("512", 512, ["0", "65537"], "a whole number from 1 to 65,536"),
     "max_wait_ms": ("5", 5, ["-1", "10001", "0.5"], "a whole number from 0 to 10,000"),
     "max_click_bytes": ("1024", 1024, ["63", "16777217"], "a whole number from 64 to 16,777,216"),

@@ -46,11 +46,20 @@ async def no_changelog(partition, rows):
     raise AssertionError("nothing is to be appended")
 
 
+async def nobody_to_take_over_from(partitions):
+    pass
+
+
 def make_store(
-    folder: Path, layout: StateLayout = LAYOUT, changelog_id: bytes = CHANGELOG_ID, append=no_changelog
+    folder: Path,
+    layout: StateLayout = LAYOUT,
+    changelog_id: bytes = CHANGELOG_ID,
+    append=no_changelog,
+    take_over=nobody_to_take_over_from,
+    end_markers=0,
 ) -> UserStateStore:
     app = faust.App("app", broker="kafka://", datadir=str(folder), web_enabled=False, topic_partitions=3)
-    return user_state_table(app, StoreOptions(layout, changelog_id, append, CACHE_BYTES)).store
+    return user_state_table(app, StoreOptions(layout, changelog_id, append, take_over, end_markers, CACHE_BYTES)).store
 
 
 async def assign(store: UserStateStore, *partitions: int) -> UserStateStore:
@@ -691,6 +700,40 @@ async def test_what_a_recovery_has_read_back_meanwhile_is_not_written_again(stor
     restore(store, changelog_event(store, [(b"a", state(1)), (b"a", state(2))], 5))
     store.persist_appended(0, [(b"a", state(1))], range(4, 5))
     assert read_all(store) == ({b"a": state(2)}, 5)
+
+
+async def test_the_ends_of_ones_own_transactions_are_no_records_of_somebody_else(tmp_path):
+    store = await assign(make_store(tmp_path, end_markers=1), 0)
+    restore(store, changelog_event(store, [], 9))  # the log ends with what was given up, and holds nothing yet
+    store.persist_appended(0, [(b"a", state(1))], range(10, 14))
+    store.persist_appended(0, [(b"a", state(2))], range(15, 16))
+    assert read_all(store) == ({b"a": state(2)}, 15)
+    with pytest.raises(StateError, match="holds a record at offset 17 that this worker did not write"):
+        store.persist_appended(0, [(b"a", state(3))], range(18, 19))
+    await store.stop()
+
+
+@pytest.mark.parametrize("start", [11, 12])
+async def test_a_record_of_somebody_else_is_noticed_however_the_log_that_was_restored_ended(store, start):
+    restore(store, changelog_event(store, [(b"a", state(1))], 7))
+    restore(store, changelog_event(store, [], 9))
+    with pytest.raises(StateError, match="holds a record at offset 10 that"):
+        store.persist_appended(0, [(b"a", state(2))], range(start, start + 1))
+
+
+async def test_partitions_are_taken_over_from_their_last_owner_before_anything_of_them_is_opened(tmp_path, database):
+    taken_over = []
+
+    async def take_over(partitions):
+        assert not database.exists()
+        taken_over.append(set(partitions))
+
+    store = await assign(make_store(tmp_path, take_over=take_over), 0, 2)
+    shutil.rmtree(database)
+    await assign(store, 2)
+    await assign(store, 2)  # whoever had it in between
+    assert taken_over == [{0, 2}, {2}, {2}]
+    await store.stop()
 
 
 async def test_a_failure_to_append_ends_the_worker(tmp_path):
