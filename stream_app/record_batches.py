@@ -131,6 +131,7 @@ class RecordBatchConsumer(driver.Consumer):
         if self._is_changelog_tp(tp):
             return self._message(tp, records, max([positions.get(tp, 0) - 1, *(r.offset for r in records[-1:])]))
         message = self._message(tp, records, records[-1].offset)
+        message.serialized_value_size = sum(map(_bytes_of, records))
         self._delivered.add(message)
         return message
 
@@ -160,7 +161,6 @@ class RecordBatchConsumer(driver.Consumer):
             None,
             cast("bytes", records),  # Faust's types know of one record's bytes only
             None,
-            serialized_value_size=sum(map(_bytes_of, records)),
             tp=tp,
             generation_id=self.app.consumer_generation_id,
         )

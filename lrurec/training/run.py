@@ -16,15 +16,11 @@ from lrurec.model import LRURec
 from lrurec.training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from lrurec.training.cooccurrence import cooccurrence_embeddings
 from lrurec.training.loss import softmax_cross_entropy
-from lrurec.training.memory import return_freed_memory
 from lrurec.training.precision import dtype_of
 from lrurec.training.presets import Precision, TrainingSettings
 from lrurec.training.windows import Batch, Windows, epoch_order
 
 ADAM_EPS = 1e-9
-
-_STEPS_PER_RETURN = 20
-"""Steps after which freed memory goes back to the system; it takes some milliseconds."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Of AdamW, as torch names them; with the number of steps they are all that it remembers."""
@@ -97,8 +93,6 @@ class TrainingRun:
         self._optimizer.step()
         self._update_average()
         self.step += 1
-        if self.step % _STEPS_PER_RETURN == 0:
-            return_freed_memory()
         self.loss = torch.lerp(self.loss, loss.detach(), max(0.02, 1 / self.step))
 
     def validate(self) -> Metrics:

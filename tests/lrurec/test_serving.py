@@ -9,9 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
+from lrurec import filtered_ranking
 from lrurec.bundle import make_bundle
 from lrurec.errors import LRURecError
-from lrurec.serving import Clicks, CompiledEngine, DeviceError, TorchEngine, build_engine, state_layout
+from lrurec.serving import ChunkedRanker, Clicks, CompiledEngine, DeviceError, TorchEngine, build_engine, state_layout
 
 TOLERANCE = 3e-5
 """Of scores in float32, between the forms."""
@@ -247,3 +248,15 @@ def test_without_a_gpu_auto_is_the_cpu(small_bundle):
     layout = state_layout(small_bundle)
     assert isinstance(build_engine(small_bundle, layout), CompiledEngine)
     assert isinstance(build_engine(small_bundle, layout, device="cpu"), CompiledEngine)
+
+
+@given(clicks=histories())
+@settings(deadline=None, max_examples=20)
+def test_cpus_with_and_without_products_of_bytes_rank_alike(small_bundle, clicks):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filtered_ranking, "is_supported", lambda: False)
+        plain = compiled(small_bundle)
+    ours = compiled(small_bundle)
+    assert isinstance(plain._ranker, ChunkedRanker)
+    (_, one), (_, other) = advance(plain, columns(clicks)), advance(ours, columns(clicks))
+    np.testing.assert_allclose(one.scores, other.scores, rtol=0, atol=TOLERANCE)
