@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -91,11 +92,16 @@ def configure_logging(settings: Settings) -> None:
     # What the interpreter would print itself, such as of a coroutine that nobody awaited, is a log line as well.
     logging.captureWarnings(capture=True)
     sys.unraisablehook = _log_unraisable
+    threading.excepthook = _log_end_of_thread
 
 
 def _log_unraisable(found: sys.UnraisableHookArgs) -> None:
     where = f"{found.err_msg or 'exception ignored in'} {found.object!r}"
     logging.getLogger("python").error("%s: %r", where, found.exc_value)
+
+
+def _log_end_of_thread(found: threading.ExceptHookArgs) -> None:
+    logging.getLogger("python").error("%s ended: %r", found.thread and found.thread.name, found.exc_value)
 
 
 def _renderers(log_format: str) -> list[structlog.typing.Processor]:

@@ -64,6 +64,21 @@ class _Thread(driver.AIOKafkaConsumerThread):
         client.commit = commit_with_note
         return client
 
+    async def on_thread_stop(self) -> None:
+        """Stop the consumer, which has fetches that failed and wait for their next try given up first.
+
+        aiokafka's own `close` raises their cancellation: this thread would die before it has closed its connections
+        and said that it is done, and the worker would wait for that until its deadline.
+        """
+        fetcher = getattr(self._consumer, "_fetcher", None)
+        if fetcher is not None:
+            fetches = [fetcher._fetch_task, *fetcher._pending_tasks]
+            for fetch in fetches:
+                fetch.cancel()
+            await asyncio.gather(*fetches, return_exceptions=True)
+            fetcher._pending_tasks.clear()
+        await super().on_thread_stop()
+
     async def _highwaters(self, partitions: Sequence[Any]) -> Mapping[TP, int]:
         """The ends of logs for a recovery, records of open transactions included: it waits for the end of those.
 

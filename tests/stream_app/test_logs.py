@@ -86,7 +86,7 @@ def test_requests_that_carry_credentials_are_logged_by_name_alone():
 
 def test_what_the_interpreter_says_itself_is_a_log_line_too():
     program = """
-import os, warnings
+import os, threading, warnings
 from stream_app.logs import configure_logging
 from stream_app.settings import Settings
 configure_logging(Settings.from_environment(os.environ))
@@ -95,15 +95,21 @@ class Broken:
         raise OSError("of a finalizer")
 async def nobody_awaits():
     pass
+def fails():
+    raise OSError("of a thread")
 nobody_awaits()
 Broken()
+thread = threading.Thread(target=fails)
+thread.start()
+thread.join()
 warnings.warn("of a library", RuntimeWarning)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], env={}, capture_output=True, text=True, timeout=60, check=True
     )
     events = [json.loads(line)["event"] for line in done.stderr.splitlines()]
-    assert ["never awaited" in events[0], "of a finalizer" in events[1], "of a library" in events[2]] == [True] * 3
+    said = ["never awaited", "of a finalizer", "of a thread", "of a library"]
+    assert [words for words, event in zip(said, events, strict=True) if words in event] == said
 
 
 def made(text="away"):

@@ -11,7 +11,7 @@ from typing import Any
 import faust
 import pytest
 from aiokafka import AIOKafkaConsumer
-from aiokafka.structs import OffsetAndMetadata
+from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from faust.types import TP
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,7 +46,7 @@ class Consumer(RecordBatchConsumer):
 
 @contextmanager
 def a_consumer(**settings: Any) -> Iterator[Consumer]:
-    app = faust.App("app", broker="kafka://127.0.0.1:1", web_enabled=False, **settings)
+    app = faust.App("app", web_enabled=False, **({"broker": "kafka://127.0.0.1:1"} | settings))
     transport = RecordBatchTransport(app.conf.broker_consumer, app)
 
     async def ignore(*_: Any) -> None: ...
@@ -221,6 +221,23 @@ async def test_offsets_are_committed_with_the_note_or_not_at_all(
         await client.commit({SOURCE: OffsetAndMetadata(7, "")})
         await client.stop()
     assert committed == [{SOURCE: OffsetAndMetadata(7, "a note")}] * commits
+
+
+async def test_a_thread_ends_in_order_though_a_fetch_waits_for_its_next_try(
+    bootstrap: str, create_topic: Callable[..., Any]
+) -> None:
+    topic = await create_topic()
+    with a_consumer(broker=f"kafka://{bootstrap}") as consumer:
+        thread: Any = consumer._thread
+        client = thread._consumer = thread._create_worker_consumer(consumer.transport)
+        client.assign([TopicPartition(topic, 0)])
+        await client.start()
+        await asyncio.sleep(0)
+        client._fetcher._pending_tasks.add(asyncio.create_task(asyncio.sleep(60)))
+        async with asyncio.timeout(30):
+            await thread.on_thread_stop()
+        assert client._closed
+        assert not any(connection.connected() for connection in client._client._conns.values())
 
 
 async def test_there_is_room_for_two_of_the_largest_micro_batches() -> None:
