@@ -34,6 +34,11 @@ _LEAST_ROOM = 16_384
 _MOST_BYTES = 64 << 20
 
 
+#: How long Kafka holds back its answer while there is nothing new, and how long a poll waits for it: what has to wait
+#: for both, such as the end of a recovery, does not wait longer. Faust has 1.5 seconds and 1.
+_WAIT_SECONDS = 0.1
+
+
 class RecordBatchSchema(Schema):
     """Passes a batch's records on as they are: the agent and the table decode them in bulk."""
 
@@ -54,6 +59,7 @@ class _Thread(driver.AIOKafkaConsumerThread):
         """
         client = super()._create_worker_consumer(transport)
         client._isolation_level = "read_committed"
+        client._fetch_max_wait_ms = int(_WAIT_SECONDS * 1000)
         ours = cast("RecordBatchTransport", transport)
         commit, note, commits = client.commit, ours.commit_note, ours.commits
 
@@ -78,6 +84,12 @@ class _Thread(driver.AIOKafkaConsumerThread):
             await asyncio.gather(*fetches, return_exceptions=True)
             fetcher._pending_tasks.clear()
         await super().on_thread_stop()
+
+    async def _fetch_records(self, consumer: Any, active_partitions: set[TP], *args: Any, **kwargs: Any) -> Any:
+        """What has been fetched; of changelogs all of it, so that more is fetched while this is restored."""
+        if active_partitions and all(map(self.consumer._is_changelog_tp, active_partitions)):
+            kwargs["max_records"] = None
+        return await super()._fetch_records(consumer, active_partitions, *args, **kwargs)
 
     async def _highwaters(self, partitions: Sequence[Any]) -> Mapping[TP, int]:
         """The ends of logs for a recovery, records of open transactions included: it waits for the end of those.
@@ -120,7 +132,7 @@ class RecordBatchConsumer(driver.Consumer):
         if not await self._has_room(timeout):
             return
         async with self._polling:
-            polled, active = await self._wait_next_records(timeout)
+            polled, active = await self._wait_next_records(min(timeout, _WAIT_SECONDS))
             positions = self._positions()
         if self.should_stop:
             return

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import faust
 import pytest
-from aiokafka import AIOKafkaConsumer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from faust.types import TP
 from hypothesis import given
@@ -223,21 +223,48 @@ async def test_offsets_are_committed_with_the_note_or_not_at_all(
     assert committed == [{SOURCE: OffsetAndMetadata(7, "a note")}] * commits
 
 
+@asynccontextmanager
+async def a_client(made: Consumer, topic: str) -> AsyncIterator[Any]:
+    """The aiokafka consumer of Faust's thread, started here instead, which reads a partition from its beginning."""
+    thread: Any = made._thread
+    client = thread._consumer = thread._create_worker_consumer(made.transport)
+    client.assign([TopicPartition(topic, 0)])
+    await client.start()
+    try:
+        await client.seek_to_beginning()
+        yield client
+    finally:
+        async with asyncio.timeout(30):
+            await thread.on_thread_stop()
+
+
 async def test_a_thread_ends_in_order_though_a_fetch_waits_for_its_next_try(
     bootstrap: str, create_topic: Callable[..., Any]
 ) -> None:
     topic = await create_topic()
     with a_consumer(broker=f"kafka://{bootstrap}") as consumer:
-        thread: Any = consumer._thread
-        client = thread._consumer = thread._create_worker_consumer(consumer.transport)
-        client.assign([TopicPartition(topic, 0)])
-        await client.start()
-        await asyncio.sleep(0)
-        client._fetcher._pending_tasks.add(asyncio.create_task(asyncio.sleep(60)))
-        async with asyncio.timeout(30):
-            await thread.on_thread_stop()
+        async with a_client(consumer, topic) as client:
+            client._fetcher._pending_tasks.add(asyncio.create_task(asyncio.sleep(60)))
         assert client._closed
         assert not any(connection.connected() for connection in client._client._conns.values())
+
+
+@pytest.mark.parametrize(("is_changelog", "most"), [(False, 3), (True, 10)])
+async def test_a_poll_brings_all_there_is_of_a_changelog_and_of_a_source_no_more_than_it_may(
+    bootstrap: str, create_topic: Callable[..., Any], is_changelog: bool, most: int
+) -> None:
+    topic = await create_topic()
+    async with AIOKafkaProducer(bootstrap_servers=bootstrap) as producer:
+        await asyncio.gather(*[await producer.send(topic, b"%d" % number) for number in range(10)])
+    with a_consumer(broker=f"kafka://{bootstrap}", broker_max_poll_records=3) as consumer:
+        consumer._is_changelog_tp = lambda tp: is_changelog  # type: ignore[method-assign]
+        consumer.flow_active = True
+        async with a_client(consumer, topic) as client:
+            thread: Any = consumer._thread
+            polled = await thread._fetch_records(
+                client, {TopicPartition(topic, 0)}, timeout=30, max_records=client._max_poll_records
+            )
+    assert [len(records) for records in polled.values()] == [most]
 
 
 async def test_there_is_room_for_two_of_the_largest_micro_batches() -> None:
