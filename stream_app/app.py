@@ -174,10 +174,11 @@ def build_app(settings: Settings, note: str) -> faust.App:
         broker_commit_interval=1.0,
         broker_max_poll_records=settings.max_batch,
         consumer_metadata_max_age_ms=_METADATA_SECONDS * 1000,
-        canonical_url=f"worker://{uuid.uuid4()}",  # what Faust's assignor tells members apart by
+        consumer_group_instance_id=settings.group_instance_id,
+        canonical_url=_member_url(settings),
         datadir=str(folder),
         topic_partitions=settings.partitions,
-        table_standby_replicas=0,
+        table_standby_replicas=settings.standby_replicas,
         topic_allow_declare=False,  # `stream-app topics` creates them; the worker's start verifies them
         topic_disable_leader=True,
         stream_recovery_delay=0.0,
@@ -189,6 +190,13 @@ def build_app(settings: Settings, note: str) -> faust.App:
     transport.commits = settings.guarantee == "at_least_once"
     app.transport = transport
     return app
+
+
+def _member_url(settings: Settings) -> str:
+    """What Faust's assignor tells members apart by, and what it knows one by that comes back under its name."""
+    if settings.group_instance_id is None:
+        return f"worker://member/{uuid.uuid4()}"
+    return f"worker://named/{settings.group_instance_id}"
 
 
 def add_agent(app: faust.App, settings: Settings, pipeline: Pipeline) -> None:
@@ -230,11 +238,17 @@ def lag_of(app: faust.App) -> dict[int, int]:
     return cast("RecordBatchConsumer", app.consumer).lag() if is_settled(app) else {}
 
 
+def standby_lag_of(app: faust.App) -> dict[int, int]:
+    """Partition that another worker has and this one follows → records of the changelog that are not read yet."""
+    return cast("RecordBatchConsumer", app.consumer).standby_lag() if is_settled(app) else {}
+
+
 def _refresh(app: faust.App, metrics: Metrics) -> None:
     metrics.ready.set(is_ready(app))
-    metrics.lag.clear()
-    for partition, clicks in lag_of(app).items():
-        metrics.lag.labels(partition).set(clicks)
+    for gauge, by_partition in ((metrics.lag, lag_of(app)), (metrics.standby_lag, standby_lag_of(app))):
+        gauge.clear()
+        for partition, records in by_partition.items():
+            gauge.labels(partition).set(records)
 
 
 def _credentials(settings: Settings) -> faust.types.auth.CredentialsT | None:

@@ -44,3 +44,11 @@ def foreign_record(partition: int, offset: int) -> StateError:
 
 class WorkerError(StreamAppError):
     """The worker can't start, or stopped because going on would lose or double something."""
+
+
+def namesake(name: str) -> WorkerError:
+    """Another worker has joined the group by the name of this one."""
+    return WorkerError(
+        f"another worker has joined as STREAM_APP_GROUP_INSTANCE_ID={name}: give each a name of its own, such as its "
+        "pod's in a StatefulSet"
+    )

@@ -29,6 +29,12 @@ class Metrics:
         self.lag = Gauge(
             "stream_app_lag_clicks", "Clicks behind the end of the log", ["partition"], registry=self._registry
         )
+        self.standby_lag = Gauge(
+            "stream_app_standby_lag_records",
+            "Changelog records that the copy of another worker's partition is behind",
+            ["partition"],
+            registry=self._registry,
+        )
         self.ready = Gauge(
             "stream_app_ready", "1 while clicks flow: states are restored and Kafka answers", registry=self._registry
         )

@@ -12,6 +12,7 @@ from stream_app.app import Parts, is_settled, lag_of
 from stream_app.metrics import value
 
 if TYPE_CHECKING:
+    from faust.assignor.partition_assignor import PartitionAssignor
     from faust.tables.manager import TableManager
 
 log = structlog.get_logger(__name__)
@@ -38,19 +39,26 @@ async def report_progress(parts: Parts) -> None:
 
 
 class _Readiness:
-    """A line at each change, with the partitions held."""
+    """A line at each change, with the partitions held, and those that are followed for other workers."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._was_settled = False
+        self._last: tuple[list[int], list[int]] | None = None
+        """What the last line was about, while settled."""
 
     def report(self, *, settled: bool) -> None:
-        if settled == self._was_settled:
+        now = self._partitions() if settled else None
+        if now == self._last:
             return
-        self._was_settled = settled
-        held = self._parts.app.consumer.assignment()
-        partitions = sorted(tp.partition for tp in held if tp.topic == self._parts.clicks_topic)
-        log.info("ready" if settled else "rebalancing", partitions=partitions)
+        self._last = now
+        held, followed = now or self._partitions()
+        log.info("ready" if settled else "rebalancing", partitions=held, **{"standbys": followed} if followed else {})
+
+    def _partitions(self) -> tuple[list[int], list[int]]:
+        app = self._parts.app
+        held = sorted(tp.partition for tp in app.consumer.assignment() if tp.topic == self._parts.clicks_topic)
+        followed = {tp.partition for tp in cast("PartitionAssignor", app.assignor).assigned_standbys()}
+        return held, sorted(followed)
 
 
 class _Restoring:

@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, cast
 from weakref import WeakSet
 
 from aiokafka.consumer.fetcher import READ_UNCOMMITTED
+from aiokafka.errors import NoError, UnknownMemberIdError, for_code
+from aiokafka.protocol.group import HeartbeatRequest
 from aiokafka.structs import OffsetAndMetadata
 from faust import Schema
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, AppT, EventT, Message
 from faust.types.tuples import ConsumerMessage
 
-from stream_app.errors import WorkerError
+from stream_app.errors import WorkerError, namesake
 from stream_app.messages import Record
 
 #: Clicks that may be on their way through the worker, at least; for large micro-batches two of them.
@@ -69,6 +72,33 @@ class _Thread(driver.AIOKafkaConsumerThread):
 
         client.commit = commit_with_note
         return client
+
+    async def on_start(self) -> None:
+        """Start the consumer; where it has a name of its own, watch that nobody else takes it."""
+        await super().on_start()
+        if self.app.conf.consumer_group_instance_id:
+            self._watch_name(cast("Any", self._consumer)._coordinator)
+
+    def _watch_name(self, coordinator: Any) -> None:
+        """End the worker if Kafka does not know it any more though its session has not run out.
+
+        Then another worker has joined by the same name. aiokafka would join again and put that one out, for ever.
+        """
+        send, known_until = coordinator._send_req, 0.0
+
+        async def send_watching(request: Any) -> Any:
+            nonlocal known_until
+            answer = await send(request)
+            if isinstance(request, HeartbeatRequest):
+                now, error = time.monotonic(), for_code(answer.error_code)
+                if error is NoError:
+                    known_until = now + self.app.conf.broker_session_timeout
+                elif error is UnknownMemberIdError and now < known_until:
+                    reason = namesake(self.app.conf.consumer_group_instance_id)
+                    asyncio.run_coroutine_threadsafe(self.app.crash(reason), self.parent_loop)
+            return answer
+
+        coordinator._send_req = send_watching
 
     async def on_thread_stop(self) -> None:
         """Stop the consumer, which has fetches that failed and wait for their next try given up first.
@@ -296,6 +326,12 @@ class RecordBatchConsumer(driver.Consumer):
             for tp, end in ends.items()
             if end is not None
         }
+
+    def standby_lag(self) -> dict[int, int]:
+        """Partition of another worker → records of its changelog that are not read yet; left out while not known."""
+        read = self._positions()
+        ends = {tp: self.highwater(tp) for tp in self.app.assignor.assigned_standbys() if tp in read}
+        return {tp.partition: max(0, end - read[tp]) for tp, end in ends.items() if end is not None}
 
     def _positions(self) -> dict[TP, int]:
         """Partition → the offset that is read next."""

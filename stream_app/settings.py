@@ -141,6 +141,15 @@ class Settings:
         "float16", _choice("float16", "float32"), "precision of the stored hidden state"
     )
     state_cache_mb: int = _setting(256, _integer(8, 1_048_576), "MiB of RocksDB block cache, shared by all partitions")
+    standby_replicas: int = _setting(
+        0, _integer(0, 9), "other workers that keep a copy of each partition's states, to take it over at once"
+    )
+    group_instance_id: str | None = _setting(
+        None,
+        _topic_name(100),
+        "this worker's own lasting name in its group, such as its pod's: a restart within session-timeout-seconds "
+        "then moves no partitions",
+    )
     session_timeout_seconds: float = _setting(
         30.0, _seconds(1, 1_800), "the group declares a silent worker dead after this long"
     )

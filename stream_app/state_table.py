@@ -110,7 +110,8 @@ class UserStateStore(SerializedStore):
         self._identity = self.layout.header + struct.pack("<q", self.layout.dtype.itemsize)
         self._cache = rocksdict.Cache(options.cache_bytes)
         self._databases: dict[int, rocksdict.Rdict] = {}
-        self.restored = 0  # changelog records applied so far: a recovery that goes on is seen by it
+        self._standbys: set[int] = set()  # partitions of other workers, whose changelogs are followed
+        self.restored = 0  # changelog records of own partitions applied so far: a recovery that goes on is seen by it
 
     # -- what the pipeline uses
 
@@ -168,13 +169,15 @@ class UserStateStore(SerializedStore):
         try:
             for event in batch:
                 partition, records = event.message.partition, records_of(event)
+                if partition not in self._databases:
+                    continue  # was read before a rebalance took the partition away
                 keys = list({record.key: None for record in records if record.key is not None})
                 stored = dict(zip(keys, self.load(partition, keys), strict=True))
                 overtaken = self._overtaken[partition]
                 restored = restore_rows(((r.key, r.value) for r in records), stored, overtaken, self.layout)
                 self._write(partition, restored.rows, event.message.offset, restored.overtaken)
                 self._following[partition] = event.message.offset + 1
-                self.restored += len(records)
+                self.restored += 0 if partition in self._standbys else len(records)
         except Exception as error:
             folder = self._folder()
             reason = error if isinstance(error, StateError) else StateError(f"restoring to {folder} failed: {error}")
@@ -184,12 +187,13 @@ class UserStateStore(SerializedStore):
     async def on_rebalance(
         self, assigned: set[TP], revoked: set[TP], newly_assigned: set[TP], generation_id: int = 0
     ) -> None:
-        """Close the databases of partitions that left, open those that came."""
-        ours = {tp.partition for tp in assigned if tp.topic in self.table.changelog_topic.topics}
-        for partition in self._databases.keys() - ours:
+        """Close the databases of partitions that left, open those that came, be it to write to them or to follow."""
+        held = {tp.partition for tp in assigned if tp.topic in self.table.changelog_topic.topics}
+        for partition in self._databases.keys() - held:
             await asyncio.to_thread(self._close, partition)
-        await self._take_over(ours)
-        for partition in ours - self._databases.keys():
+        self._standbys = held & {tp.partition for tp in self.app.assignor.assigned_standbys()}
+        await self._take_over(held - self._standbys)
+        for partition in held - self._databases.keys():
             self._databases[partition] = await asyncio.to_thread(self._open, partition)
 
     async def on_recovery_completed(self, active_tps: set[TP], standby_tps: set[TP]) -> None:
@@ -199,7 +203,8 @@ class UserStateStore(SerializedStore):
         """
         try:
             for partition in [partition for partition, keys in self._overtaken.items() if keys]:
-                await self._append_again(partition)
+                if partition not in self._standbys:
+                    await self._append_again(partition)
         except Exception as error:
             await self.app.crash(error)
             raise
@@ -395,6 +400,7 @@ class UserStateTable(Table):
             key_type=bytes,
             value_type=bytes,
             schema=RecordBatchSchema(key_serializer="raw", value_serializer="raw", allow_empty=True),
+            standby_buffer_size=1,
             recovery_buffer_size=4,  # messages, each a batch of records; with 1, Faust reads the changelog for ever
             **kwargs,
         )

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import structlog
 import uvloop
+from aiokafka.errors import KafkaError
 from faust.exceptions import ConsistencyError
 from threadpoolctl import threadpool_limits
 
@@ -163,7 +164,8 @@ async def _until_stopped(
     try:
         await asyncio.wait({starting, *ends}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done() and not starting.cancelled():
-            starting.result()
+            if error := starting.exception():
+                raise _explained(error, parts.app.conf.datadir)
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in (asked, starting, crashed):
@@ -187,6 +189,8 @@ def _explained(reason: BaseException, folder: Path) -> Exception:
         )
     if isinstance(reason, (StreamAppError, LRURecError)):
         return reason
+    if isinstance(reason, KafkaError):
+        return WorkerError(f"Kafka is away, or does not answer: {reason!r}")
     return WorkerError(f"Faust stopped: {reason!r}")
 
 

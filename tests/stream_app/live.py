@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -145,6 +146,11 @@ class WorkerProcess:
         lines = self.metrics().splitlines()
         found = [float(line.split()[1]) for line in lines if line.startswith("stream_app_lag_clicks{")]
         return sum(found) if found else None
+
+    def standby_lag(self) -> dict[int, float]:
+        """Partition that it follows for another worker → records behind."""
+        found = re.findall(r'^stream_app_standby_lag_records\{partition="(\d+)"\} (\S+)$', self.metrics(), re.MULTILINE)
+        return {int(partition): float(records) for partition, records in found}
 
     def holds(self) -> list[int] | None:
         """The partitions that its last line about being ready names; None before the first."""

@@ -13,17 +13,21 @@ import socket
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import KafkaConnectionError
 
 from lrurec.bundle import Bundle, load_bundle, save_bundle
 from lrurec.convert import convert
 from stream_app.dev.kafka.broker import LocalBroker
+from stream_app.errors import WorkerError
 from stream_app.verify.stored_state import read_state
+from stream_app.worker import _until_stopped
 from tests.stream_app.live import (
     Site,
     WorkerProcess,
@@ -294,6 +298,16 @@ async def test_clicks_on_unknown_items_are_counted_and_advance_nobody(
     assert await read_topic(site, site.dead_letters) == []
 
 
+def wait_shared(one: WorkerProcess, other: WorkerProcess) -> None:
+    """Until each of two workers has some of the partitions."""
+
+    def shared() -> bool:
+        held = [worker.holds() or [] for worker in (one, other)]
+        return all(held) and sorted(partition for each in held for partition in each) == [0, 1, 2, 3]
+
+    wait_until(shared, 60, lambda: one.tail() + other.tail())
+
+
 async def test_two_workers_share_the_partitions_and_a_third_takes_over_for_one_that_leaves(
     site: Site, bundle: Bundle
 ) -> None:
@@ -322,6 +336,94 @@ async def test_two_workers_share_the_partitions_and_a_third_takes_over_for_one_t
             assert third.terminate() == 0, third.tail()
         assert second.terminate() == 0, second.tail()
     assert_exact(recommendations, clicks, bundle)
+
+
+@pytest.mark.parametrize("guarantee", ["at_least_once", "exactly_once"])
+async def test_a_standby_takes_over_what_a_killed_worker_had_without_reading_it_back(
+    site: Site, bundle: Bundle, guarantee: str
+) -> None:
+    clicks = random_clicks(6_000, users=300, seed=11)
+    records = [click(user, item) for user, item in clicks]
+    settings = {"STANDBY_REPLICAS": "1", "GUARANTEE": guarantee}
+    with (
+        WorkerProcess(site, "first", STATE_DIR=str(site.folder / "first"), **settings) as first,
+        WorkerProcess(site, "second", STATE_DIR=str(site.folder / "second"), **settings) as second,
+    ):
+        wait_shared(first, second)
+        await produce(site, records[:4_000])
+        await recommendations_for(site, 4_000)
+        follows = dict.fromkeys(first.holds() or [], 0.0)
+        wait_until(lambda: second.standby_lag() == follows, 20, second.tail)
+        first.kill()
+        wait_until(lambda: second.holds() == [0, 1, 2, 3], 40, second.tail)
+        assert sum(line["records"] for line in second.events("restored")) < 100, second.tail()
+        await produce(site, records[4_000:])
+        recommendations = await recommendations_for(site, len(clicks), 90)
+        assert second.terminate() == 0, second.tail()
+    assert_exact(recommendations, clicks, bundle)
+
+
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGKILL"])
+async def test_a_worker_that_is_restarted_under_its_own_name_moves_no_partitions(
+    site: Site, bundle: Bundle, end: str
+) -> None:
+    clicks = random_clicks(3_000, users=100, seed=12)
+    records = [click(user, item) for user, item in clicks]
+
+    def start(name: str) -> WorkerProcess:
+        return WorkerProcess(
+            site, name, STATE_DIR=str(site.folder / name), GROUP_INSTANCE_ID=name, SESSION_TIMEOUT_SECONDS="25"
+        )
+
+    with start("first") as first, start("second") as second:
+        wait_shared(first, second)
+        await produce(site, records[:2_000])
+        await recommendations_for(site, 2_000)
+        held, lines = first.holds(), len(second.events("ready"))
+        if end == "SIGTERM":
+            assert first.terminate() == 0, first.tail()
+        else:
+            first.kill()
+        with start("first") as again:
+            wait_until(lambda: again.holds() == held, 20, again.tail)
+            await produce(site, records[2_000:])
+            recommendations = await recommendations_for(site, len(clicks), 60)
+            assert again.terminate() == 0, again.tail()
+        assert len(second.events("ready")) == lines, second.tail()
+        assert second.terminate() == 0, second.tail()
+    assert_exact(recommendations, clicks, bundle)
+
+
+async def test_a_worker_whose_name_another_one_takes_ends_with_one_line_that_says_so(site: Site) -> None:
+    name = {"GROUP_INSTANCE_ID": "pod-0"}
+    with WorkerProcess(site, "first", STATE_DIR=str(site.folder / "first"), **name) as first:
+        first.wait_ready()
+        with WorkerProcess(site, "second", STATE_DIR=str(site.folder / "second"), **name) as second:
+            assert first.process.wait(60) == 1, first.tail()
+            second.wait_ready()
+            wait_until(lambda: second.holds() == [0, 1, 2, 3], 20, second.tail)
+            assert second.terminate() == 0, second.tail()
+    lines = [line for line in first.log.read_text().splitlines() if not line.startswith("{")]
+    assert len(lines) == 1, lines
+    assert "GROUP_INSTANCE_ID=pod-0" in lines[0]
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_what_keeps_faust_from_starting_is_one_line(late: bool) -> None:
+    away = KafkaConnectionError("Unable to bootstrap")
+
+    async def fail() -> None:
+        if late:
+            await asyncio.sleep(0.01)
+        raise away
+
+    parts = SimpleNamespace(
+        app=SimpleNamespace(
+            wait_until_stopped=asyncio.Event().wait, crash_reason=None, conf=SimpleNamespace(datadir="")
+        )
+    )
+    with pytest.raises(WorkerError, match="Kafka is away"):
+        await _until_stopped(cast("Any", parts), asyncio.Event(), asyncio.create_task(fail()), set())
 
 
 def test_a_spare_worker_is_ready_and_takes_over_for_the_one_that_leaves(
