@@ -3,7 +3,7 @@
     python -m tests.chaos                                     the long form of `make chaos`
     python -m tests.chaos --seed 7 --kills 20 --clicks 50000  a shorter one
     python -m tests.chaos --mutation apply-twice              a worker that is wrong on purpose: must be found out
-    python -m tests.chaos --guarantee exactly_once            and no recommendation or dead letter is there twice
+    python -m tests.chaos --set GUARANTEE=exactly_once        and no recommendation or dead letter is there twice
 
 Prints its seed and its counts; the last line is all of them as JSON. Exit code 0 if everything happened as often as
 asked for and `stream-app verify` is clean; with --mutation, if it is not.
@@ -52,6 +52,7 @@ _PROOF_RATE = 8_000
 
 def main() -> int:
     options = _options()
+    settings = dict(options.set)
     amounts = Amounts(**{name: getattr(options, name) for name in vars(_LONG)})
     actions = draw(options.seed, amounts, session_seconds=SESSION_SECONDS, request_seconds=REQUEST_SECONDS)
     print(f"seed {options.seed}: {amounts}", flush=True)
@@ -61,8 +62,7 @@ def main() -> int:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         harness = Harness(
-            folder, seed=options.seed, rate=options.rate, mutation=options.mutation, guarantee=options.guarantee,
-            report=_tell,
+            folder, seed=options.seed, rate=options.rate, mutation=options.mutation, settings=settings, report=_tell,
         )  # fmt: skip
         # The rest of the time is for what is not worked off then, and for the proof.
         seconds = options.minutes * 60 - _PROOF_SECONDS - options.clicks / _PROOF_RATE
@@ -74,11 +74,11 @@ def main() -> int:
     short = harness.counts.short_of(amounts, clicks=options.clicks, rebalances=options.rebalances)
     _report(harness, found, short)
     seconds = round(time.monotonic() - began)
-    clean = found["clean"] and (options.guarantee == "at_least_once" or is_once(found))
+    clean = found["clean"] and (settings.get("GUARANTEE") != "exactly_once" or is_once(found))
     print(f"seed {options.seed}: {'clean' if clean else 'NOT CLEAN'}, {seconds} s")
     told = {
         "seed": options.seed,
-        "guarantee": options.guarantee,
+        "settings": settings,
         "seconds": seconds,
         "short_of": short,
         **harness.counts.as_json(),
@@ -99,9 +99,18 @@ def _options() -> argparse.Namespace:
     for name, default in vars(_LONG).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--mutation", choices=sorted(MUTATIONS), default="")
-    parser.add_argument("--guarantee", choices=("at_least_once", "exactly_once"), default="at_least_once")
+    parser.add_argument(
+        "--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="STREAM_APP_NAME of the workers"
+    )
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep Kafka's data and the workers' logs here")
     return parser.parse_args()
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, given, value = text.partition("=")
+    if not given:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
 
 
 def _report(harness: Harness, found: dict[str, Any], short: list[str]) -> None:

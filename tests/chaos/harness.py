@@ -7,8 +7,9 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tests.chaos.accidents import Accidents
@@ -35,7 +36,7 @@ class Harness:
         seed: of the clicks and of what is done to disks.
         rate: clicks a second, at most.
         mutation: one of `mutations.MUTATIONS`, for workers that are wrong on purpose.
-        guarantee: the workers' setting.
+        settings: of the workers, by their names without STREAM_APP_.
         report: is given a line now and then.
 
     """
@@ -47,12 +48,12 @@ class Harness:
         seed: int,
         rate: float,
         mutation: str = "",
-        guarantee: str = "at_least_once",
+        settings: Mapping[str, str] = MappingProxyType({}),
         report: Callable[[str], None] = print,
     ) -> None:
         self.counts = Counts()
         self._report = report
-        self._stage = Stage(folder, self.counts, mutation, guarantee)
+        self._stage = Stage(folder, self.counts, mutation, settings)
         self._accidents = Accidents(self._stage, self.counts, seed)
         self._stream = ClickStream(self._stage.settings, self.counts, random.Random(f"{seed} clicks"), rate)
         self._actions: list[Action] = []

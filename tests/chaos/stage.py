@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -45,11 +45,11 @@ class Stage:
         folder: for Kafka, the bundle, the states and the logs; kept.
         counts: where is counted how workers end.
         mutation: one of `mutations.MUTATIONS`, for workers that are wrong on purpose.
-        guarantee: the workers' setting.
+        settings: of the workers, by their names without STREAM_APP_.
 
     """
 
-    def __init__(self, folder: Path, counts: Counts, mutation: str, guarantee: str) -> None:
+    def __init__(self, folder: Path, counts: Counts, mutation: str, settings: Mapping[str, str]) -> None:
         self._folder = folder.absolute()
         self._counts = counts
         self._mutation = mutation
@@ -67,8 +67,9 @@ class Stage:
             properties={"advertised.listeners": f"PLAINTEXT://127.0.0.1:{port},{_LISTENER}://{self.proxy.address}"},
         )
         extra = {"MAX_BATCH": "512", "STATE_DTYPE": "float16", "SESSION_TIMEOUT_SECONDS": str(SESSION_SECONDS)}
-        extra["GUARANTEE"] = guarantee
-        self.site = Site(f"127.0.0.1:{port}", "chaos", folder / "bundle", folder, partitions=8, extra=extra)
+        self.site = Site(
+            f"127.0.0.1:{port}", "chaos", folder / "bundle", folder, partitions=8, extra={**extra, **settings}
+        )
         """Kafka itself, for whoever has no accidents."""
         self.settings = Settings.from_environment(self.site.environment())
 

@@ -151,7 +151,7 @@ async def test_with_exactly_once_nothing_is_repeated_for_who_reads_committed_rec
     points = ["recommendations sent", "changelog acknowledged", "offsets uncommitted", "offsets committed"]
     actions: list[Action] = [Kill(point, 3, "kept") for point in points]
     actions += [Kill("states restored", 1, "lost"), Freeze("changelog acknowledged", 3, SESSION_SECONDS + 2)]
-    harness, found = await after(tmp_path, actions, guarantee="exactly_once")
+    harness, found = await after(tmp_path, actions, settings={"GUARANTEE": "exactly_once"})
     assert found["clean"], found["differences"]
     assert is_once(found), found
     assert harness.counts.all_kills == 5
