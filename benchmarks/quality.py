@@ -20,11 +20,10 @@ import statistics
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from benchmarks.machine import processor
 from lrurec.interactions import read_interactions
-from lrurec.training.presets import TrainingSettings, preset
+from lrurec.training.presets import TrainingSettings, changed, preset
 from lrurec.training.train import train
 
 SHOP = Path(__file__).parents[1] / "stream_app" / "dev" / "demo" / "eshop" / "clicks.csv.gz"
@@ -48,24 +47,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--set", dest="changes", action="append", default=[], metavar="SETTING=VALUE")
     options = parser.parse_args()
-    changes = dict(map(_change, options.changes))
     print(f"{processor()}, {options.threads} threads, Python {platform.python_version()}, torch {version('torch')}")
     for name in options.presets:
         path = options.data / name / "interactions.csv.gz" if options.data else SHOP
-        settings = dataclasses.replace(preset(name), threads=options.threads, **changes)
-        measure(name, path, settings, options.seeds, changes)
+        settings = changed(dataclasses.replace(preset(name), threads=options.threads), options.changes)
+        measure(name, path, settings, options.seeds, options.changes)
 
 
-def _change(text: str) -> tuple[str, Any]:
-    """A setting and its value, written as JSON or as plain text."""
-    name, _, value = text.partition("=")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
-def measure(name: str, path: Path, settings: TrainingSettings, seeds: list[int], changes: dict[str, Any]) -> None:
+def measure(name: str, path: Path, settings: TrainingSettings, seeds: list[int], changes: list[str]) -> None:
     """Train with every seed and compare."""
     log = read_interactions(path)
     rows, seconds = [], []
@@ -79,7 +68,7 @@ def measure(name: str, path: Path, settings: TrainingSettings, seeds: list[int],
         )
     means = [statistics.mean(column) for column in zip(*rows, strict=True)]
     print(f"{name:>8}{'':>10}", " ".join(metric.rjust(9) for metric in METRICS))
-    print(f"{name:>8}{'mean':>10}", line(means), json.dumps(changes) if changes else "")
+    print(f"{name:>8}{'mean':>10}", line(means), *changes)
     print(f"{name:>8}{'spread':>10}", line([max(column) - min(column) for column in zip(*rows, strict=True)]))
     for model, figures in PAPER.get(name, {}).items():
         print(f"{name:>8}{model:>10}", line(list(figures)), "in the paper; ours is", end=" ")

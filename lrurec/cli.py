@@ -175,6 +175,13 @@ def _commands() -> None:
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=42, show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Another setting than the preset's, such as threads=1 or precision=float32; again for each.",
+)
+@click.option(
     "--report",
     type=_Path(),
     metavar="FILE",
@@ -188,6 +195,7 @@ def train(
     max_steps: int | None,
     seed: int,
     device: str,
+    changes: tuple[str, ...],
     report: Path | None,
 ) -> None:
     """Train a model on a log of clicks and write a bundle.
@@ -205,6 +213,7 @@ def train(
         max_steps=max_steps,
         seed=seed,
         device=device,
+        changes=changes,
         report=report,
     )
 

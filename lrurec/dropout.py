@@ -25,8 +25,8 @@ class ByteDropout(nn.Module):
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
         # The full range of 64 bits: without bounds the sign bit would always be 0.
         levels = words.random_(-(2**63), None).view(torch.uint8)[: x.numel()].view(x.shape)
-        scale = LEVELS / (LEVELS - self.dropped_levels)
-        return x * (levels >= self.dropped_levels).to(x.dtype).mul_(scale)
+        # The scale is no tensor: one of bfloat16 would be rounded, and the mean be off.
+        return x * (levels >= self.dropped_levels) * (LEVELS / (LEVELS - self.dropped_levels))
 
     def extra_repr(self) -> str:
         return f"{self.dropped_levels}/{LEVELS}"

@@ -193,8 +193,7 @@ def read_interactions(path: Path | str) -> Interactions:
 
     The peak of memory is 12 + 16k bytes a click, k being the number of order columns, up to 12 more where one user has
     most of the clicks and they are in no order; some 200 bytes an id; and what reading needs whatever the size of the
-    file (see `log_files`). What stays is 4 bytes a click, 8 more
-    where the log says when it was, and the ids.
+    file (see `log_files`). What stays is 4 bytes a click, 8 more where the log says when it was, and the ids.
     """
     path = Path(path)
     log = _Log()

@@ -92,8 +92,8 @@ def read_checkpoint(path: Path, run: str, expected: Mapping[str, Tensor]) -> tup
         raise TrainingError(f"{path} cannot be read as a checkpoint; delete it to start the training over") from error
     if progress.run != run:
         raise TrainingError(
-            f"{path} is of a training with other data, arguments, threads, device or versions; give the same to go on, "
-            "or delete it"
+            f"{path} is of a training with other data, arguments, threads, precision, device or versions; "
+            "give the same to go on, or delete it"
         )
     if any(tensors[name].shape != value.shape for name, value in expected.items()):
         raise TrainingError(f"{path} is of a model of other sizes; delete it to start the training over")

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +18,7 @@ from lrurec.interactions import read_interactions
 from lrurec.report import require_drawable, write_report
 from lrurec.training.checkpoint import checkpoint_of, is_checkpoint_of
 from lrurec.training.only_one import only_training_of
-from lrurec.training.presets import preset
+from lrurec.training.presets import changed, preset
 from lrurec.training.train import TrainingReport, run_id
 from lrurec.training.train import train as train_model
 
@@ -35,6 +35,7 @@ def train_bundle(
     max_steps: int | None,
     seed: int,
     device: str,
+    changes: Sequence[str] = (),
     report: Path | None = None,
 ) -> None:
     """Train, save, draw the report if one is asked for, and tell on stdout.
@@ -47,7 +48,7 @@ def train_bundle(
     log = read_interactions(interactions)
     if until is not None:
         log = log.before(until)
-    settings = dataclasses.replace(preset(preset_name), seed=seed)
+    settings = changed(dataclasses.replace(preset(preset_name), seed=seed), changes)
     if max_steps is not None:
         settings = dataclasses.replace(settings, max_steps=max_steps)
     checkpoint, identity = checkpoint_of(out), run_id(log, settings, log.catalogue, device)

@@ -68,18 +68,20 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
         own = (encodings * weight[labels]).sum(1) + bias[labels]
         grad_encodings, grad_weight, grad_bias = map(torch.zeros_like, (encodings, weight, bias))
         loss = encodings.new_zeros(())
-        for rows, part, part_own, share in _tiles(encodings, own, num_rows):
-            found = scores.exponentials(part, part_own)
-            loss += ((found.totals.log() + found.shift - part_own) * share).sum()
-            scale = (share / found.totals)[:, None]
-            grad_encodings[rows] = (found.products * scale)[: rows.stop - rows.start]
+        for tile in _tiles(encodings, labels, own, num_rows):
+            found = scores.exponentials(tile)
+            loss += ((found.totals.log() + found.shift - tile.own) * tile.share).sum()
+            scale = (tile.share / found.totals)[:, None]
+            count = tile.rows.stop - tile.rows.start
+            grad_encodings[tile.rows] = (found.products * scale)[:count]
             # The column of scales beside the encodings gives the gradient of the bias by the same product.
-            scaled = torch.cat([part * scale, scale], 1)
+            scaled = torch.cat([tile.encodings * scale, scale], 1)
             scores.add_gradient(found.values, scaled, grad_weight, grad_bias)
-        kept = (1 - smoothing) / n
-        grad_encodings.sub_(weight[labels], alpha=kept)
-        grad_weight.index_add_(0, labels, encodings, alpha=-kept)
-        grad_bias.index_add_(0, labels, torch.full_like(own, -kept))
+            # What the label's own score gets: its probability less what is asked for.
+            from_own = (found.own * scale[:, 0])[:count, None] - (1 - smoothing) / n
+            grad_encodings[tile.rows].addcmul_(weight[labels[tile.rows]], from_own)
+            grad_weight.index_add_(0, labels[tile.rows], encodings[tile.rows] * from_own)
+            grad_bias.index_add_(0, labels[tile.rows], from_own[:, 0])
         if smoothing:
             # The mean score is the score of the mean item: no pass over the scores.
             mean_weight, mean_bias = weight.mean(0), bias.mean()
@@ -105,6 +107,7 @@ class _Tile(NamedTuple):
     """Without the zeros."""
 
     encodings: Tensor
+    labels: Tensor
     own: Tensor
     """Each row's score of its label."""
 
@@ -112,7 +115,7 @@ class _Tile(NamedTuple):
     """Of each row in the mean: 1/n, or 0 for a row of zeros."""
 
 
-def _tiles(encodings: Tensor, own: Tensor, num_rows: int) -> Iterator[_Tile]:
+def _tiles(encodings: Tensor, labels: Tensor, own: Tensor, num_rows: int) -> Iterator[_Tile]:
     size = max(1, min(ROWS_PER_TILE, SCORES_PER_TILE // num_rows))
     for start in range(0, len(encodings), size):
         rows = slice(start, min(start + size, len(encodings)))
@@ -121,19 +124,28 @@ def _tiles(encodings: Tensor, own: Tensor, num_rows: int) -> Iterator[_Tile]:
         yield _Tile(
             rows,
             functional.pad(encodings[rows], (0, 0, 0, zeros)),
+            functional.pad(labels[rows], (0, zeros)),
             functional.pad(own[rows], (0, zeros)),
             functional.pad(share, (0, zeros)),
         )
 
 
 class _Exponentials(NamedTuple):
-    """exp(s_iv - shift_i) of a tile of r rows."""
+    """exp(s_iv - shift_i) of a tile of r rows.
+
+    The label's own stands apart, in float32: where it is nearly all there is, loss and gradient are what little it
+    lacks, and roundings of products would be more than that.
+    """
 
     values: Sequence[Tensor]
-    """(r, items of the range) a range of items, as the products of the gradient take them; good until the next tile."""
+    """(r, items of the range) a range of items, as the products of the gradient take them, 0 at the label; good until
+    the next tile."""
 
     products: Tensor
-    """(r, d) Σ_v exp(s_iv - shift_i) E_v"""
+    """(r, d) Σ_v exp(s_iv - shift_i) E_v, without the label's"""
+
+    own: Tensor
+    """(r,) exp(s_i,label - shift_i)"""
 
     totals: Tensor
     """(r,) Σ_v exp(s_iv - shift_i)"""
@@ -147,12 +159,14 @@ class _Scores:
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self._weight, self._bias = weight, bias
 
-    def exponentials(self, encodings: Tensor, own: Tensor) -> _Exponentials:
-        """Of a tile of encodings and the scores of their labels. The shift is the greatest score."""
-        scores = torch.addmm(self._bias, encodings, self._weight.T)
-        shift = scores.amax(1)
+    def exponentials(self, tile: _Tile) -> _Exponentials:
+        """Of a tile. The shift is the greatest score."""
+        scores = torch.addmm(self._bias, tile.encodings, self._weight.T)
+        scores.scatter_(1, tile.labels[:, None], -torch.inf)
+        shift = torch.maximum(scores.amax(1), tile.own)
         values = scores.sub_(shift[:, None]).exp_()
-        return _Exponentials([values], values @ self._weight, values.sum(1), shift)
+        own = (tile.own - shift).exp()
+        return _Exponentials([values], values @ self._weight, own, own + values.sum(1), shift)
 
     def add_gradient(self, values: Sequence[Tensor], scaled: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
         """Add a tile's terms of the gradient; `scaled` is (r, d + 1), the encodings and a column of ones, scaled."""
@@ -173,29 +187,32 @@ class _CompiledScores(_Scores):
         self._biases = [bias[items].numpy() for items in self._ranges]
         self._memory = [factor.new_empty(0, len(factor)) for factor in self._factors]
 
-    def exponentials(self, encodings: Tensor, own: Tensor) -> _Exponentials:
-        """As of `_Scores`. The shift is the label's score, which needs no search and keeps every sum above 1."""
-        count = len(encodings)
+    def exponentials(self, tile: _Tile) -> _Exponentials:
+        """As of `_Scores`. The shift is the label's score, which needs no search; no total is below 1."""
+        count = len(tile.encodings)
         if len(self._memory[0]) < count:
             self._memory = [memory.new_empty(count, memory.shape[1]) for memory in self._memory]
         values = [memory[:count] for memory in self._memory]
         sums = np.empty((len(self._ranges), count), np.float32)
-        products = encodings.new_empty(len(self._ranges), *encodings.shape)
-        factor = encodings.to(self._dtype)
+        products = tile.encodings.new_empty(len(self._ranges), *tile.encodings.shape)
+        factor = tile.encodings.to(self._dtype)
 
         def fill(part: int) -> None:
+            items = self._ranges[part]
             torch.mm(factor, self._factors[part].T, out=values[part])
-            _exponentiate(values[part], self._biases[part], own.numpy(), sums[part])
+            (rows,) = torch.where((tile.labels >= items.start) & (tile.labels < items.stop))
+            values[part][rows, tile.labels[rows] - items.start] = -torch.inf
+            _exponentiate(values[part], self._biases[part], tile.own.numpy(), sums[part])
             products[part] = values[part] @ self._factors[part]
 
         self._share_out(fill)
         with np.errstate(over="ignore"):
-            totals = torch.from_numpy(sums.sum(0))
+            totals = torch.from_numpy(1 + sums.sum(0))
         if not bool((totals < _LARGEST_TOTAL).all()):  # NaN is not below it either
             # Some score stands far above its label's: only now is the greatest score of every row worth its search.
-            exact = super().exponentials(encodings, own)
+            exact = super().exponentials(tile)
             return exact._replace(values=[exact.values[0][:, items].to(self._dtype) for items in self._ranges])
-        return _Exponentials(values, products.sum(0), totals, own)
+        return _Exponentials(values, products.sum(0), torch.ones_like(totals), totals, tile.own)
 
     def add_gradient(self, values: Sequence[Tensor], scaled: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
         factor = scaled.to(self._dtype)

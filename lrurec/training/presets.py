@@ -1,9 +1,11 @@
 """How to train: the paper's recipe, and what is known to work better on each of its data sets."""
 
 import dataclasses
+import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from lrurec.config import LRURecConfig, require_count, require_number
 from lrurec.errors import ConfigError, TrainingError
@@ -145,7 +147,7 @@ RECIPE = TrainingSettings(
 
 PRESETS: dict[PresetName, TrainingSettings] = {
     "default": RECIPE,
-    "published": TrainingSettings(),
+    "published": TrainingSettings(precision="float32"),
     # Long histories of few items: nothing is rare enough to be smoothed, and little is learnt by heart.
     # Where histories are longer than windows, all of them is more to learn from.
     "ml-1m": dataclasses.replace(
@@ -168,6 +170,24 @@ PRESETS: dict[PresetName, TrainingSettings] = {
         threads=1,
     ),
 }
+
+
+def changed(settings: TrainingSettings, changes: Iterable[str]) -> TrainingSettings:
+    """The settings with changes written as `NAME=VALUE`; a value is JSON, or plain text.
+
+    Raises `TrainingError` for a name or a value that is not allowed.
+    """
+    found: dict[str, Any] = {}
+    for change in changes:
+        name, given, value = change.partition("=")
+        if not given or name not in TrainingSettings.__dataclass_fields__:
+            allowed = ", ".join(TrainingSettings.__dataclass_fields__)
+            raise TrainingError(f"{change!r} is no change of a setting; allowed is NAME=VALUE, where NAME is {allowed}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return dataclasses.replace(settings, **found)
 
 
 def preset(name: str) -> TrainingSettings:

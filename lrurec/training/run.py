@@ -64,7 +64,7 @@ class TrainingRun:
 
     @property
     def best(self) -> LRURec:
-        """The weights with the best validation Recall@10 so far."""
+        """The weights with the best validation Recall@10, then NDCG@10, so far."""
         return self._best
 
     def wants_more(self) -> bool:
@@ -102,11 +102,19 @@ class TrainingRun:
         """
         self._require_finite_loss()
         metrics = self.measure(self._average, self._validation)
+        is_best = self._is_best(metrics)
         self.curve.append(self._curve_point(metrics))
-        if metrics.recall_at_10 > self.best_recall:
+        if is_best:
             self.best_recall, self.best_step = metrics.recall_at_10, self.step
             self._best.load_state_dict(self._average.state_dict())
         return metrics
+
+    def _is_best(self, metrics: Metrics) -> bool:
+        """By Recall@10; where that is equal, as it often is on few items or users, by NDCG@10."""
+        if metrics.recall_at_10 != self.best_recall:
+            return metrics.recall_at_10 > self.best_recall
+        best = next(point["validation"] for point in self.curve if point["step"] == self.best_step)
+        return bool(metrics.to_json()["ndcg@10"] > best["ndcg@10"])
 
     def measure(self, model: LRURec, held_out: HeldOut) -> Metrics:
         lists = lists_by_model(model, held_out.histories, window=self.settings.max_len)

@@ -65,7 +65,7 @@ def train(
     checkpoint: Path | None = None,
     on_report: Callable[[TrainingReport], None] = ignore,
 ) -> Bundle:
-    """The bundle of a model trained on a log: the best weights by validation Recall@10.
+    """The bundle of a model trained on a log: the best weights by validation Recall@10, then NDCG@10.
 
     Every user's last click is held out for the test metrics in the bundle's metadata, the one before it for
     validation. `catalogue` gives the model's items; by default those of the log.

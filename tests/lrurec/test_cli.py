@@ -188,6 +188,15 @@ class TestTrain:
         assert lrurec(*command, 6)[0] == 0
         assert load_bundle(tmp_path / "b").metadata["steps"] == 6
 
+    def test_takes_another_setting_than_the_presets_and_refuses_what_is_none(self, lrurec, log, tmp_path):
+        command = ("train", "--interactions", log, "--out", tmp_path / "b", "--max-steps", 5)
+        assert lrurec(*command, "--set", "threads=1", "--set", "hidden_units=8")[0] == 0
+        settings = load_bundle(tmp_path / "b").metadata["settings"]
+        assert (settings["threads"], settings["hidden_units"]) == (1, 8)
+        code, _, error = lrurec(*command, "--set", "hidden=8")
+        assert (code, error.count("\n")) == (1, 1)
+        assert "hidden_units" in error
+
     def test_a_bundle_whose_metadata_were_edited_is_trained_again(self, lrurec, log, tmp_path):
         command = ("train", "--interactions", log, "--out", tmp_path / "b", "--max-steps", 5)
         last = lrurec(*command)[1].splitlines()[-1]

@@ -12,6 +12,17 @@ def test_the_asked_share_is_dropped_and_the_mean_kept(probability):
     assert dropped.mean() == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.parametrize("probability", [0.1, 0.2, 0.4, 0.6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_scale_keeps_the_mean_whatever_the_precision(probability, dtype):
+    torch.manual_seed(5)
+    x = torch.linspace(1, 2, 200, dtype=dtype).expand(500, 200)
+    dropout = ByteDropout(probability)
+    scaled = (x.float() * (256 / (256 - dropout.dropped_levels))).to(dtype)
+    dropped = dropout(x)
+    assert torch.equal(dropped[dropped != 0], scaled[dropped != 0])
+
+
 def test_each_element_is_drawn_on_its_own():
     torch.manual_seed(5)
     kept = (ByteDropout(0.5)(torch.ones(4000, 8)) > 0).float()

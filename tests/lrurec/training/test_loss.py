@@ -1,3 +1,6 @@
+from unittest.mock import patch
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from lrurec.threads import limited_threads
-from lrurec.training import loss
+from lrurec.training import loss, loss_kernels
 from lrurec.training.loss import softmax_cross_entropy
 
 LABELS = torch.tensor([0, 3, 3, 10, 5, 1, 2])
@@ -34,7 +37,7 @@ def test_tiles_give_the_loss_and_gradients_of_the_whole(monkeypatch, smoothing, 
 
 @given(
     rows=st.integers(1, 600),
-    items=st.integers(1, 1_100),
+    items=st.integers(1, 1_100) | st.integers(1_100, 4_000),
     smoothing=st.sampled_from([0.0, 0.2]),
     threads=st.integers(1, 3),
     seed=st.integers(0, 99),
@@ -49,7 +52,7 @@ def test_the_compiled_loss_and_its_gradients_are_those_of_the_whole(rows, items,
     magnitudes = [leaf.detach().abs().requires_grad_() for leaf in inputs]
     encodings, weight, bias = magnitudes
     parts = torch.autograd.grad(((encodings * weight[labels]).sum(1) + bias[labels]).mean(), magnitudes)
-    with limited_threads(threads):
+    with limited_threads(threads), patch.object(loss, "ITEMS_PER_RANGE", 512):  # more ranges than threads
         for precision, loss_tolerance, tolerance in (("float32", 1e-6, 5e-5), ("bfloat16", 5e-3, 1e-2)):
             ours = softmax_cross_entropy(*inputs, labels, smoothing, precision)
             torch.testing.assert_close(ours, theirs, rtol=loss_tolerance, atol=loss_tolerance)
@@ -72,6 +75,34 @@ def test_one_item_far_above_the_label_is_no_trouble(precision, above):
     inputs = [encodings.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
     tolerance = 1e-5 if precision == "float32" else 1e-3
     assert_exact(softmax_cross_entropy(*inputs, LABELS, 0.0, precision), in_one_go(*inputs, LABELS), inputs, tolerance)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ahead", [1, 10, 30, 300, 3000])
+def test_where_the_label_is_nearly_certain_loss_and_gradient_are_what_little_it_lacks(precision, ahead):
+    encodings, weight, bias = (leaf.detach() for leaf in leaves(torch.float32, items=50))
+    weight[LABELS] *= 1.0017  # no multiple of what bfloat16 has
+    bias -= 2.0 * ahead
+    with torch.no_grad():
+        own = (encodings * weight[LABELS[0]]).sum(1)
+    bias[LABELS[0]] = 0.0
+    encodings += (ahead - own)[:, None] * weight[LABELS[0]] / weight[LABELS[0]].square().sum()
+    inputs = [leaf.requires_grad_() for leaf in (encodings, weight, bias)]
+    labels = LABELS[:1].expand(len(encodings))
+    ours, theirs = softmax_cross_entropy(*inputs, labels, 0.0, precision), in_one_go(*inputs, labels)
+    assert ours >= 0
+    torch.testing.assert_close(ours, theirs, rtol=0.5, atol=1e-6)
+    gradients = zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True)
+    for one, other in gradients:
+        assert (one - other).norm() <= 0.5 * other.norm() + 1e-6
+
+
+@given(st.lists(st.floats(0, 2.0**127, width=32), min_size=1, max_size=50))
+def test_exponentials_are_rounded_as_torch_rounds(values):
+    ours = np.array([loss_kernels._bfloat16_bits(np.float32(value)) for value in values])
+    torch.testing.assert_close(
+        torch.from_numpy(ours.astype(np.int16)), torch.tensor(values, dtype=torch.float32).bfloat16().view(torch.int16)
+    )
 
 
 def assert_exact(ours, theirs, inputs, tolerance=1e-5):

@@ -20,7 +20,7 @@ def test_tokens_with_a_label_are_encoded_in_float32_exactly_where_that_is_asked_
     assert torch.equal(encode(model, batch, "float32"), exact)
 
 
-def test_bfloat16_rounds_what_the_blocks_multiply_and_nothing_else(small_model, batch):
+def test_bfloat16_rounds_what_the_blocks_multiply(small_model, batch):
     model = copy.deepcopy(small_model).eval()
     exact, rounded = (encode(model, batch, precision).detach() for precision in ("float32", "bfloat16"))
     assert rounded.dtype == torch.float32

@@ -21,11 +21,12 @@ from lrurec.evaluation import evaluate
 from lrurec.interactions import Histories, Interactions, read_interactions
 from lrurec.threads import limited_threads
 from lrurec.training import command as train_command
-from lrurec.training import only_one
+from lrurec.training import only_one, run
 from lrurec.training import train as training
 from lrurec.training.checkpoint import checkpoint_of
+from lrurec.training.loss import softmax_cross_entropy
 from lrurec.training.only_one import only_training_of
-from lrurec.training.presets import PRESETS, TrainingSettings, preset
+from lrurec.training.presets import PRESETS, TrainingSettings, changed, preset
 from lrurec.training.train import resolve, run_id, train
 
 SHOP = Path(__file__).parents[3] / "stream_app" / "dev" / "demo" / "eshop" / "clicks.csv.gz"
@@ -96,10 +97,49 @@ def test_equal_arguments_give_equal_weights(unbroken):
         {"label_smoothing": 0.1},
         {"average_decay": 0.0},
         {"embeddings_from_cooccurrence": True},
+        {"bias_from_frequency": True},
+        {"clip_norm": 1e-3},
+        {"weight_decay": 0.9},
+        {"warmup_steps": 9},
+        {"max_len": 3},
     ],
 )
 def test_other_settings_give_other_weights(unbroken, change):
     assert train(cyclic_log(), dataclasses.replace(SETTINGS, **change)).version != unbroken.version
+
+
+def test_histories_longer_than_a_window_are_learnt_from_whole_where_that_is_asked_for():
+    short = dataclasses.replace(SETTINGS, max_len=3)
+    assert train(cyclic_log(), dataclasses.replace(short, whole_histories=True)).version != (
+        train(cyclic_log(), short).version
+    )
+
+
+def test_biases_and_layer_norms_do_not_decay():
+    log = cyclic_log()
+    slow = dataclasses.replace(SETTINGS, max_steps=3, learning_rate=1e-9, average_decay=0.0)
+    before, after = (weights(train(log, dataclasses.replace(slow, weight_decay=decay))) for decay in (0.0, 1e8))
+    changed = {name for name, value in before.items() if not torch.allclose(value, after[name], rtol=1e-2)}
+    assert {name for name in before if "bias" not in name and "layer_norm" not in name} == changed
+
+
+def test_the_precision_of_products_is_what_the_settings_say():
+    versions = {
+        train(cyclic_log(), dataclasses.replace(SETTINGS, precision=each)).version for each in ("float32", "bfloat16")
+    }
+    assert len(versions) == 2
+
+
+def test_the_precision_is_also_that_of_the_scores(monkeypatch):
+    seen = []
+
+    def spy(*arguments):
+        seen.append(arguments[-1])
+        return softmax_cross_entropy(*arguments)
+
+    monkeypatch.setattr(run, "softmax_cross_entropy", spy)
+    train(cyclic_log(), dataclasses.replace(SETTINGS, max_steps=1, precision="bfloat16"))
+    assert seen == ["bfloat16"]
 
 
 def test_training_leaves_torch_as_it_was():
@@ -112,10 +152,13 @@ def test_training_leaves_torch_as_it_was():
 def test_the_best_validated_weights_are_kept():
     reports = []
     bundle = train(cyclic_log(), SETTINGS, on_report=reports.append)
-    validated = {report.step: report.validation.recall_at_10 for report in reports if report.validation}
+    validated = {report.step: report.validation for report in reports if report.validation}
     assert list(validated) == [20, 40, 60]
-    assert bundle.metadata["best_step"] == max(validated, key=validated.get)
-    assert bundle.metadata["metrics"]["validation"]["recall@10"] == pytest.approx(max(validated.values()), abs=1e-6)
+    best = max(validated, key=lambda step: (validated[step].recall_at_10, validated[step].ndcg_at_10))
+    assert bundle.metadata["best_step"] == best
+    assert bundle.metadata["metrics"]["validation"] == validated[best].to_json()
+    recalls = [metrics.recall_at_10 for metrics in validated.values()]
+    assert recalls.count(max(recalls)) > 1, "no tie: only Recall@10 was tested"
 
 
 def test_a_training_that_diverges_ends_with_what_to_do():
@@ -134,6 +177,12 @@ def test_a_linear_schedule_reaches_0_just_beyond_the_last_step_whatever_ends_the
     settings = dataclasses.replace(SETTINGS, schedule="linear", epochs=2)
     rates = [settings.rate_at(step, settings.steps_over(60)) for step in range(9)]
     assert rates == pytest.approx([settings.learning_rate * (1 - step / 8) for step in range(9)])
+
+
+def test_the_rate_rises_over_the_warm_up():
+    settings = dataclasses.replace(SETTINGS, warmup_steps=4, schedule="constant")
+    rates = [settings.rate_at(step, 60) for step in range(6)]
+    assert rates == pytest.approx([settings.learning_rate * share for share in (0.25, 0.5, 0.75, 1, 1, 1)])
 
 
 def test_training_ends_early_without_progress():
@@ -304,6 +353,22 @@ def test_a_device_that_is_not_there_is_refused(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError, match=device):
         train(cyclic_log(), SETTINGS, device=device)
+
+
+def test_the_published_preset_computes_as_published():
+    assert preset("published").precision == "float32"
+
+
+def test_settings_are_changed_by_name_and_value():
+    assert changed(SETTINGS, ["threads=2", "schedule=linear", "dropout=0.5", "bias_from_frequency=true"]) == (
+        dataclasses.replace(SETTINGS, threads=2, schedule="linear", dropout=0.5, bias_from_frequency=True)
+    )
+
+
+@pytest.mark.parametrize("change", ["thread=1", "threads", "threads=two", "max_len=[]", "dropout={}", "seed=null"])
+def test_a_change_that_cannot_be_is_refused_by_name(change):
+    with pytest.raises(TrainingError, match=change.partition("=")[0]):
+        changed(SETTINGS, [change])
 
 
 def test_an_unknown_preset_is_refused_by_name():
