@@ -74,7 +74,8 @@ def main() -> int:
     short = harness.counts.short_of(amounts, clicks=options.clicks, rebalances=options.rebalances)
     _report(harness, found, short)
     seconds = round(time.monotonic() - began)
-    clean = found["clean"] and (settings.get("GUARANTEE") != "exactly_once" or is_once(found))
+    clean = found["clean"] and (found["every_click"] or settings.get("PUBLISH") == "latest")
+    clean = clean and (settings.get("GUARANTEE") != "exactly_once" or is_once(found))
     print(f"seed {options.seed}: {'clean' if clean else 'NOT CLEAN'}, {seconds} s")
     told = {
         "seed": options.seed,

@@ -10,6 +10,9 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Self
 
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+
 from lrurec.bundle import save_bundle
 from lrurec.convert import convert
 from stream_app.dev.kafka.broker import LocalBroker
@@ -80,6 +83,7 @@ class Stage:
             await self.start_broker()
             await stack.enter_async_context(self.proxy)
             await asyncio.to_thread(self.site.create_topics)
+            await self._keep_every_recommendation()
             for slot in range(SLOTS):
                 mount = self._folder / f"disk-{slot}"
                 mount.mkdir()
@@ -92,6 +96,21 @@ class Stage:
 
     async def __aexit__(self, *error: Any) -> None:
         await self._stack.__aexit__(*error)
+
+    async def _keep_every_recommendation(self) -> None:
+        """Compaction would take most of them before they are looked at; of states it may."""
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.site.bootstrap)
+        await admin.start()
+        try:
+            kept = {
+                "cleanup.policy": "compact",
+                "min.compaction.lag.ms": str(2**62),
+                "message.timestamp.type": "LogAppendTime",  # those that are not named get their defaults
+            }
+            topic = ConfigResource(ConfigResourceType.TOPIC, self.site.recommendations, configs=kept)
+            await admin.alter_configs([topic])
+        finally:
+            await admin.close()
 
     async def start_broker(self) -> None:
         await asyncio.to_thread(self.broker.start, _BROKER_SECONDS)

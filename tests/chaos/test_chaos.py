@@ -153,6 +153,7 @@ async def test_with_exactly_once_nothing_is_repeated_for_who_reads_committed_rec
     actions += [Kill("states restored", 1, "lost"), Freeze("changelog acknowledged", 3, SESSION_SECONDS + 2)]
     harness, found = await after(tmp_path, actions, settings={"GUARANTEE": "exactly_once"})
     assert found["clean"], found["differences"]
+    assert found["every_click"]
     assert is_once(found), found
     assert harness.counts.all_kills == 5
     assert harness.counts.zombies == 1
