@@ -1,4 +1,4 @@
-"""`make bench`: every measurement but the long ones (quality, killed_training, memory), one by one."""
+"""`make bench`: every measurement but the long ones (quality, killed_training, memory, rebalance), one by one."""
 
 from benchmarks import backlog, golden, poison, ranking, recovery, step, training
 

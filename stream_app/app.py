@@ -245,6 +245,7 @@ def standby_lag_of(app: faust.App) -> dict[int, int]:
 
 def _refresh(app: faust.App, metrics: Metrics) -> None:
     metrics.ready.set(is_ready(app))
+    metrics.rebalances.set(app.rebalancing_count)
     for gauge, by_partition in ((metrics.lag, lag_of(app)), (metrics.standby_lag, standby_lag_of(app))):
         gauge.clear()
         for partition, records in by_partition.items():

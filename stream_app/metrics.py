@@ -39,6 +39,10 @@ class Metrics:
             "stream_app_ready", "1 while clicks flow: states are restored and Kafka answers", registry=self._registry
         )
 
+        self.rebalances = Gauge(
+            "stream_app_rebalances", "Rebalances of the group that this worker has seen", registry=self._registry
+        )
+
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"stream_app_{name}", text, registry=self._registry)
 
