@@ -179,6 +179,14 @@ class RecordBatchConsumer(driver.Consumer):
             if self.flow_active and self._is_changelog_tp(tp) and positions.get(tp):
                 yield tp, self._batch(tp, [], positions)
 
+    async def _wait_next_records(self, timeout: float) -> tuple[Any, set[TP] | None]:
+        """Poll. Where nothing may be polled Faust sleeps for a second; a seek waits for the end of that."""
+        if self.flow_active and not self._get_active_partitions():
+            await asyncio.sleep(timeout)
+            return {}, set()
+        polled: tuple[Any, set[TP] | None] = await super()._wait_next_records(timeout)
+        return polled
+
     def _batch(self, tp: TP, records: Sequence[Any], positions: Mapping[TP, int]) -> ConsumerMessage:
         """What is delivered of a partition; of a changelog also how far it is read, without a record if need be.
 

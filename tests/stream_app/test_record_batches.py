@@ -169,6 +169,21 @@ async def test_nor_are_more_bytes_delivered_than_may_be_unacknowledged(consumer:
     assert len(await delivered(consumer, {SOURCE: records(20, 4)})) == 1
 
 
+async def test_where_nothing_may_be_polled_a_seek_does_not_wait_for_fausts_second(
+    consumer: Consumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    consumer.resume_flow()
+    monkeypatch.setattr(consumer, "sleep", sleep)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    assert [message async for message in consumer.getmany(1.0)] == []
+    assert slept == [0.1]
+
+
 async def test_what_is_restored_from_the_changelog_takes_no_room(consumer: Consumer) -> None:
     await open_source(consumer)
     consumer.resume_partitions({CHANGELOG})
