@@ -303,8 +303,11 @@ class UserStateStore(SerializedStore):
         database = None
         try:
             database = rocksdict.Rdict(str(path), options=self._options())
-            layout, changelog = database.get(_LAYOUT), database.get(_CHANGELOG_ID)
+            is_of_layout = database.get(_LAYOUT) in {None, self._identity}
+            is_of_changelog = database.get(_CHANGELOG_ID) in {None, NO_ID, self._changelog_id}
             self._overtaken[partition] = _overtaken_in(database)
+            if is_of_layout and is_of_changelog:
+                self._label(database)  # may be what finds it damaged: nothing is written to a database that is
         except Exception as error:  # noqa: BLE001  (rocksdict raises bare Exception for every damage)
             if database is not None:
                 database.close()
@@ -315,17 +318,16 @@ class UserStateStore(SerializedStore):
             if _UNUSABLE.search(str(error)):
                 raise _unusable(path, error) from None
             return self._start_over(partition, path, str(error))
-        if layout not in {None, self._identity}:
+        if not is_of_layout:
             database.close()
             return self._start_over(partition, path, "its states have another model, layout or clicks topic")
-        if changelog not in {None, NO_ID, self._changelog_id}:
+        if not is_of_changelog:
             database.close()
             raise StateError(
                 f"the state folder {path} was filled from another changelog than the one that is there now, which was "
                 "deleted and made anew: states may be missing from it; go on with a new STREAM_APP_APP_ID, which "
                 "begins with new states"
             )
-        self._label(database)
         return database
 
     def _close(self, partition: int) -> None:

@@ -381,6 +381,22 @@ async def test_a_database_whose_own_description_is_damaged_is_begun_anew_at_once
     await store.stop()
 
 
+async def test_a_database_that_is_found_damaged_as_it_is_labelled_is_begun_anew(whole, tmp_path, monkeypatch):
+    """A compaction in the background finds the damage when it likes; from then on RocksDB refuses whatever is written."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    label, refusals = UserStateStore._label, [Exception("Corruption: block checksum mismatch")]
+
+    def refused_once(store, database):
+        if refusals:
+            raise refusals.pop()
+        label(store, database)
+
+    monkeypatch.setattr(UserStateStore, "_label", refused_once)
+    store = await assign_in(tmp_path)
+    assert read_all(store) == ({}, None)
+    await store.stop()
+
+
 async def test_a_damaged_database_is_kept_aside_for_a_look(whole, tmp_path, database, caplog):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (database / "CURRENT").write_bytes(b"MANIF")
