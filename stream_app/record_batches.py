@@ -181,7 +181,9 @@ class RecordBatchConsumer(driver.Consumer):
 
     async def _wait_next_records(self, timeout: float) -> tuple[Any, set[TP] | None]:
         """Poll. Where nothing may be polled Faust sleeps for a second; a seek waits for the end of that."""
-        if self.flow_active and not self._get_active_partitions():
+        if not self.flow_active:
+            await self.wait(cast("Any", self.can_resume_flow))
+        if not self._get_active_partitions():
             await asyncio.sleep(timeout)
             return {}, set()
         polled: tuple[Any, set[TP] | None] = await super()._wait_next_records(timeout)

@@ -382,7 +382,7 @@ async def test_a_database_whose_own_description_is_damaged_is_begun_anew_at_once
 
 
 async def test_a_database_that_is_found_damaged_as_it_is_labelled_is_begun_anew(whole, tmp_path, monkeypatch):
-    """A compaction in the background finds the damage when it likes; from then on RocksDB refuses whatever is written."""
+    """A compaction in the background finds the damage when it likes; from then on RocksDB refuses what is written."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     label, refusals = UserStateStore._label, [Exception("Corruption: block checksum mismatch")]
 
