@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+import stream_app.delivery
 import stream_app.micro_batch
 import stream_app.state_table
 from stream_app.delivery import AtLeastOnce
@@ -44,6 +45,7 @@ def swap_outputs_and_changelog() -> None:
         self._logged._queue.appendleft(batch)
         await persist(self)
         await send_outputs(self._delivery, batch.parcel)
+        await stream_app.delivery.acknowledged(batch.parcel.outputs_in_flight, "recommendations or dead letters", 30)
 
     AtLeastOnce.send_outputs = keep  # type: ignore[method-assign]
     Pipeline._persist = persist_then_send  # type: ignore[method-assign]
