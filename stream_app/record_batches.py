@@ -52,6 +52,14 @@ class RecordBatchSchema(Schema):
         return decode
 
 
+class ChangelogRecords(list[Any]):
+    """Records of a changelog, and the offset that they were read from on; None where the position was not known yet."""
+
+    def __init__(self, records: Iterable[Any], start: int | None) -> None:
+        super().__init__(records)
+        self.start = start
+
+
 class _Thread(driver.AIOKafkaConsumerThread):
     """Faust's thread around the aiokafka consumer."""
 
@@ -162,6 +170,7 @@ class RecordBatchConsumer(driver.Consumer):
         if not await self._has_room(timeout):
             return
         async with self._polling:
+            before = self._positions()
             polled, active = await self._wait_next_records(min(timeout, _WAIT_SECONDS))
             positions = self._positions()
         if self.should_stop:
@@ -174,10 +183,10 @@ class RecordBatchConsumer(driver.Consumer):
                 return
             if active is None or tp in active or tp in self._buffered_partitions:
                 self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
-                yield tp, self._batch(tp, records, positions)
+                yield tp, self._batch(tp, records, before, positions)
         for tp in [] if polled else list(active or ()):
             if self.flow_active and self._is_changelog_tp(tp) and positions.get(tp):
-                yield tp, self._batch(tp, [], positions)
+                yield tp, self._batch(tp, [], before, positions)
 
     async def _wait_next_records(self, timeout: float) -> tuple[Any, set[TP] | None]:
         """Poll. Where nothing may be polled Faust sleeps for a second; a seek waits for the end of that."""
@@ -189,14 +198,17 @@ class RecordBatchConsumer(driver.Consumer):
         polled: tuple[Any, set[TP] | None] = await super()._wait_next_records(timeout)
         return polled
 
-    def _batch(self, tp: TP, records: Sequence[Any], positions: Mapping[TP, int]) -> ConsumerMessage:
-        """What is delivered of a partition; of a changelog also how far it is read, without a record if need be.
+    def _batch(
+        self, tp: TP, records: Sequence[Any], before: Mapping[TP, int], positions: Mapping[TP, int]
+    ) -> ConsumerMessage:
+        """What is delivered of a partition; of a changelog also from where to where it is read, without records if so.
 
         Faust takes a changelog for read when it gets a message with its last offset, which may hold no record that is
         ever seen: the end of a transaction, or what was written in one that was given up.
         """
         if self._is_changelog_tp(tp):
-            return self._message(tp, records, max([positions.get(tp, 0) - 1, *(r.offset for r in records[-1:])]))
+            end = max([positions.get(tp, 0) - 1, *(record.offset for record in records[-1:])])
+            return self._message(tp, ChangelogRecords(records, before.get(tp)), end)
         message = self._message(tp, records, records[-1].offset)
         message.serialized_value_size = sum(map(_bytes_of, records))
         self._delivered.add(message)
@@ -267,14 +279,15 @@ class RecordBatchConsumer(driver.Consumer):
             self._close_sources()
 
     def resume_partitions(self, tps: Iterable[TP]) -> None:
-        """Poll these again: changelogs at once, source partitions when their position is settled.
+        """Poll these again: changelogs to restore at once, the others when the position of the sources is settled.
 
-        Faust resumes source partitions first, seeks then, and clears its queues last.
+        Faust resumes those that it follows first, source partitions then, seeks, and clears its queues last: of what is
+        followed, records that have been read would be lost.
         """
         tps = set(tps)
-        sources = {tp for tp in tps if not self._is_changelog_tp(tp)}
-        super().resume_partitions(tps - sources)
-        self._to_open |= sources
+        at_once = {tp for tp in tps - self.app.assignor.assigned_standbys() if self._is_changelog_tp(tp)}
+        super().resume_partitions(at_once)
+        self._to_open |= tps - at_once
         self._settled = False
 
     async def perform_seek(self) -> None:

@@ -33,7 +33,7 @@ from faust.types import TP, AppT, CollectionT, EventT
 
 from lrurec.user_state import StateLayout, UserStateError
 from stream_app.errors import StateError, foreign_record
-from stream_app.record_batches import RecordBatchSchema, records_of
+from stream_app.record_batches import ChangelogRecords, RecordBatchSchema, records_of
 from stream_app.topic_metadata import NO_ID
 
 #: Named apart from this module: mode gives each service its module's logger, and those are quieted (see logs.py).
@@ -168,9 +168,10 @@ class UserStateStore(SerializedStore):
         """
         try:
             for event in batch:
-                partition, records = event.message.partition, records_of(event)
+                partition, records = event.message.partition, cast("ChangelogRecords", records_of(event))
                 if partition not in self._databases:
                     continue  # was read before a rebalance took the partition away
+                self._refuse_gap(event.message.tp, records.start)
                 keys = list({record.key: None for record in records if record.key is not None})
                 stored = dict(zip(keys, self.load(partition, keys), strict=True))
                 overtaken = self._overtaken[partition]
@@ -183,6 +184,19 @@ class UserStateStore(SerializedStore):
             reason = error if isinstance(error, StateError) else StateError(f"restoring to {folder} failed: {error}")
             self.loop.create_task(self.app.crash(reason))
             raise
+
+    def _refuse_gap(self, tp: TP, start: int | None) -> None:
+        """A database that misses a part of its changelog would be taken for a whole one, for ever.
+
+        Raises:
+            StateError: between what this database holds and where a batch was read from lie offsets.
+        """
+        held = self.persisted_offset(tp)
+        if start is not None and held is not None and start > held + 1:
+            raise StateError(
+                f"partition {tp.partition} of the changelog was read from offset {start} on, and this worker's copy "
+                f"ends at {held}: start it again; if it says so again, remove its state folder {self._folder()}"
+            )
 
     async def on_rebalance(
         self, assigned: set[TP], revoked: set[TP], newly_assigned: set[TP], generation_id: int = 0

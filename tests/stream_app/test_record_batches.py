@@ -12,6 +12,7 @@ import faust
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
+from faust.assignor.client_assignment import ClientAssignment
 from faust.types import TP
 from hypothesis import given
 from hypothesis import strategies as st
@@ -106,6 +107,28 @@ async def test_a_source_opens_only_by_resume_then_seek_then_flow(steps: list[str
                 restarted = step == "resume source"
                 progress = 1 if restarted else progress + (step == order[progress])
             assert (SOURCE in consumer._get_active_partitions()) == (progress == 3)
+
+
+async def test_what_is_followed_for_others_is_read_when_fausts_queues_are_cleared_for_the_last_time(
+    consumer: Consumer,
+) -> None:
+    assignor: Any = consumer.app.assignor
+    assignor._assignment = ClientAssignment(actives={}, standbys={CHANGELOG.topic: [CHANGELOG.partition]})
+    consumer.resume_partitions({CHANGELOG})
+    consumer.resume_flow()
+    assert CHANGELOG not in consumer._get_active_partitions()  # the queues are cleared once more
+    consumer.resume_partitions({SOURCE})
+    await consumer.perform_seek()
+    consumer.resume_flow()
+    assert {CHANGELOG, SOURCE} <= consumer._get_active_partitions()
+
+
+async def test_a_changelogs_message_tells_from_where_it_was_read(consumer: Consumer) -> None:
+    consumer.resume_partitions({CHANGELOG})
+    consumer.resume_flow()
+    consumer.position = 3
+    [message] = await delivered(consumer, {CHANGELOG: records(5, 2, CHANGELOG)})  # compaction took two
+    assert message.value.start == 3
 
 
 async def test_a_rebalance_closes_the_sources_until_the_next_seek(consumer: Consumer) -> None:

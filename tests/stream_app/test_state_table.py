@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from lrurec.user_state import StateLayout
 from stream_app.errors import StateError
+from stream_app.record_batches import ChangelogRecords
 from stream_app.state_table import StoreOptions, UserStateStore, restore_rows, user_state_table
 from stream_app.topic_metadata import NO_ID
 from tests.chaos.disks import Disk
@@ -554,20 +555,42 @@ async def test_files_that_may_not_grow_are_a_full_disk(tmp_path, database):
 # -- recovery
 
 
-def changelog_event(store: UserStateStore, rows: list[tuple[bytes | None, bytes | None]], offset: int) -> faust.Event:
-    """A batch of changelog records that ends at this offset, as the transport delivers it."""
+def changelog_event(
+    store: UserStateStore, rows: list[tuple[bytes | None, bytes | None]], offset: int, start: int | None = None
+) -> faust.Event:
+    """A batch of changelog records that ends at this offset, as the transport delivers it.
+
+    It was read from `start` on; by default from its first record.
+    """
     first = offset - len(rows) + 1
     records = [
         ConsumerRecord(CHANGELOG, 0, first + place, 0, 0, key, value, None, -1, -1, ())
         for place, (key, value) in enumerate(rows)
     ]
     tp = TP(CHANGELOG, 0)
-    message = ConsumerMessage(CHANGELOG, 0, offset, 0.0, 0, None, None, records, None, tp=tp)
-    return store.app.create_event(None, records, None, message)
+    read = ChangelogRecords(records, first if start is None else start)
+    message = ConsumerMessage(CHANGELOG, 0, offset, 0.0, 0, None, None, read, None, tp=tp)
+    return store.app.create_event(None, read, None, message)
 
 
 def restore(store: UserStateStore, *events: faust.Event) -> None:
     store.apply_changelog_batch(events, store.table._to_key, store.table._to_value)
+
+
+async def test_a_changelog_that_was_not_read_on_from_where_the_database_ends_is_refused(store, monkeypatch):
+    ends: list[BaseException] = []
+
+    async def crash(error: BaseException) -> None:
+        ends.append(error)
+
+    monkeypatch.setattr(store.app, "crash", crash)
+    restore(store, changelog_event(store, [(b"a", state(1))], 4), changelog_event(store, [(b"b", state(2))], 5))
+    restore(store, changelog_event(store, [(b"b", state(2))], 5))  # again, as after a rebalance
+    with pytest.raises(StateError, match="read from offset 7 on, and this worker's copy ends at 5"):
+        restore(store, changelog_event(store, [(b"c", state(3))], 7))
+    await asyncio.sleep(0)
+    assert read_all(store) == ({b"a": state(1), b"b": state(2)}, 5)
+    assert len(ends) == 1
 
 
 states_of_users = st.lists(st.tuples(st.sampled_from([b"a", b"b", b"c"]), st.integers(-1, 9)), max_size=20)
@@ -720,7 +743,7 @@ async def test_what_a_recovery_has_read_back_meanwhile_is_not_written_again(stor
 
 async def test_the_ends_of_ones_own_transactions_are_no_records_of_somebody_else(tmp_path):
     store = await assign(make_store(tmp_path, end_markers=1), 0)
-    restore(store, changelog_event(store, [], 9))  # the log ends with what was given up, and holds nothing yet
+    restore(store, changelog_event(store, [], 9, start=8))  # the log ends with what was given up, and holds nothing yet
     store.persist_appended(0, [(b"a", state(1))], range(10, 14))
     store.persist_appended(0, [(b"a", state(2))], range(15, 16))
     assert read_all(store) == ({b"a": state(2)}, 15)
@@ -732,7 +755,7 @@ async def test_the_ends_of_ones_own_transactions_are_no_records_of_somebody_else
 @pytest.mark.parametrize("start", [11, 12])
 async def test_a_record_of_somebody_else_is_noticed_however_the_log_that_was_restored_ended(store, start):
     restore(store, changelog_event(store, [(b"a", state(1))], 7))
-    restore(store, changelog_event(store, [], 9))
+    restore(store, changelog_event(store, [], 9, start=8))
     with pytest.raises(StateError, match="holds a record at offset 10 that"):
         store.persist_appended(0, [(b"a", state(2))], range(start, start + 1))
 
