@@ -53,11 +53,15 @@ class RecordBatchSchema(Schema):
 
 
 class ChangelogRecords(list[Any]):
-    """Records of a changelog, and the offset that they were read from on; None where the position was not known yet."""
+    """Records of a changelog, the offset from which they were read, and the one at which the log begins.
 
-    def __init__(self, records: Iterable[Any], start: int | None) -> None:
+    The first is None where the position was not known yet, which is so where a log is read from its beginning.
+    """
+
+    def __init__(self, records: Iterable[Any], start: int | None, log_start: int) -> None:
         super().__init__(records)
         self.start = start
+        self.log_start = log_start
 
 
 class _Thread(driver.AIOKafkaConsumerThread):
@@ -161,6 +165,7 @@ class RecordBatchConsumer(driver.Consumer):
         self._delivered: WeakSet[Message] = WeakSet()
         self._to_open: set[TP] = set()
         self._settled = False
+        self._log_starts: dict[TP, int] = {}
 
     def _new_consumer_thread(self) -> _Thread:
         return _Thread(self, loop=self.loop, beacon=self.beacon)
@@ -169,34 +174,50 @@ class RecordBatchConsumer(driver.Consumer):
         """Yield (partition, batch); replaces Faust's loop over single records."""
         if not await self._has_room(timeout):
             return
+        if not self.flow_active:  # not under the lock: the seeks that come before the flow need it
+            await self.wait(cast("Any", self.can_resume_flow))
         async with self._polling:
             before = self._positions()
-            polled, active = await self._wait_next_records(min(timeout, _WAIT_SECONDS))
+            polled, active = await self._poll(min(timeout, _WAIT_SECONDS))
             positions = self._positions()
         if self.should_stop:
             return
         if polled and not self.flow_active:
             await self.perform_seek()
             return
-        for tp, records in cast("Mapping[TP, Sequence[Any]]", polled or {}).items():
+        for tp, records in polled.items():
             if not self.flow_active:
                 return
-            if active is None or tp in active or tp in self._buffered_partitions:
+            if tp in active:
                 self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
                 yield tp, self._batch(tp, records, before, positions)
-        for tp in [] if polled else list(active or ()):
-            if self.flow_active and self._is_changelog_tp(tp) and positions.get(tp):
+        for tp in active - polled.keys():
+            moved = not polled or positions.get(tp, 0) > before.get(tp, 0)
+            if self.flow_active and self._is_changelog_tp(tp) and positions.get(tp) and moved:
                 yield tp, self._batch(tp, [], before, positions)
 
-    async def _wait_next_records(self, timeout: float) -> tuple[Any, set[TP] | None]:
-        """Poll. Where nothing may be polled Faust sleeps for a second; a seek waits for the end of that."""
-        if not self.flow_active:
-            await self.wait(cast("Any", self.can_resume_flow))
-        if not self._get_active_partitions():
-            await asyncio.sleep(timeout)
-            return {}, set()
-        polled: tuple[Any, set[TP] | None] = await super()._wait_next_records(timeout)
-        return polled
+    async def _poll(self, timeout: float) -> tuple[Mapping[TP, Sequence[Any]], frozenset[TP]]:
+        """What was fetched of the partitions that may be polled now, and which these are.
+
+        Faust hands over its living set of them. When it pauses the last one meanwhile, the set is empty, which means
+        all to aiokafka: it would give out records of paused partitions, and those would be passed over for ever.
+        """
+        active = frozenset(self._get_active_partitions())
+        if not self.flow_active or not active:
+            await asyncio.sleep(timeout if self.flow_active else 0)
+            return {}, active
+        return cast("Mapping[TP, Sequence[Any]]", await self._getmany(cast("Any", active), timeout) or {}), active
+
+    async def seek_wait(self, partitions: Mapping[TP, int]) -> None:
+        """Seek, with no poll under way: what that brings from before would move the position once more."""
+        async with self._polling:
+            await super().seek_wait(partitions)
+
+    async def earliest_offsets(self, *partitions: TP) -> Mapping[TP, int]:
+        """Where logs begin; remembered of changelogs, to tell whether one was read from there."""
+        found: Mapping[TP, int] = await super().earliest_offsets(*partitions)
+        self._log_starts.update(found)
+        return found
 
     def _batch(
         self, tp: TP, records: Sequence[Any], before: Mapping[TP, int], positions: Mapping[TP, int]
@@ -208,7 +229,7 @@ class RecordBatchConsumer(driver.Consumer):
         """
         if self._is_changelog_tp(tp):
             end = max([positions.get(tp, 0) - 1, *(record.offset for record in records[-1:])])
-            return self._message(tp, ChangelogRecords(records, before.get(tp)), end)
+            return self._message(tp, ChangelogRecords(records, before.get(tp), self._log_starts.get(tp, 0)), end)
         message = self._message(tp, records, records[-1].offset)
         message.serialized_value_size = sum(map(_bytes_of, records))
         self._delivered.add(message)

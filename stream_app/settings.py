@@ -35,13 +35,13 @@ def _kafka_servers(text: str) -> str:
     return ",".join(servers)
 
 
-def _topic_name(longest: int) -> _Kind:
+def _topic_name(longest: int, what: str = "a Kafka topic name") -> _Kind:
     def parse(text: str) -> str:
         if not _TOPIC_NAME.fullmatch(text) or len(text) > longest or text in {".", ".."}:
             raise ValueError
         return text
 
-    return _Kind(parse, f"a Kafka topic name: 1 to {longest} letters, digits, '.', '_' or '-'")
+    return _Kind(parse, f"{what}: 1 to {longest} letters, digits, '.', '_' or '-'")
 
 
 def _text(text: str) -> str:
@@ -146,7 +146,7 @@ class Settings:
     )
     group_instance_id: str | None = _setting(
         None,
-        _topic_name(100),
+        _topic_name(100, "a name"),
         "this worker's own lasting name in its group, such as its pod's: a restart within session-timeout-seconds "
         "then moves no partitions",
     )

@@ -171,7 +171,7 @@ class UserStateStore(SerializedStore):
                 partition, records = event.message.partition, cast("ChangelogRecords", records_of(event))
                 if partition not in self._databases:
                     continue  # was read before a rebalance took the partition away
-                self._refuse_gap(event.message.tp, records.start)
+                self._refuse_gap(event.message.tp, records)
                 keys = list({record.key: None for record in records if record.key is not None})
                 stored = dict(zip(keys, self.load(partition, keys), strict=True))
                 overtaken = self._overtaken[partition]
@@ -185,17 +185,18 @@ class UserStateStore(SerializedStore):
             self.loop.create_task(self.app.crash(reason))
             raise
 
-    def _refuse_gap(self, tp: TP, start: int | None) -> None:
+    def _refuse_gap(self, tp: TP, read: ChangelogRecords) -> None:
         """A database that misses a part of its changelog would be taken for a whole one, for ever.
 
         Raises:
             StateError: between what this database holds and where a batch was read from lie offsets.
         """
         held = self.persisted_offset(tp)
-        if start is not None and held is not None and start > held + 1:
+        following = read.log_start if held is None else max(read.log_start, held + 1)
+        if read.start is not None and read.start > following:
             raise StateError(
-                f"partition {tp.partition} of the changelog was read from offset {start} on, and this worker's copy "
-                f"ends at {held}: start it again; if it says so again, remove its state folder {self._folder()}"
+                f"partition {tp.partition} of the changelog was read from offset {read.start} on instead of "
+                f"{following}: start the worker again, it goes on with what its copy in {self._folder()} holds"
             )
 
     async def on_rebalance(

@@ -123,6 +123,79 @@ async def test_what_is_followed_for_others_is_read_when_fausts_queues_are_cleare
     assert {CHANGELOG, SOURCE} <= consumer._get_active_partitions()
 
 
+async def test_a_poll_goes_on_with_the_partitions_that_it_began_with(
+    consumer: Consumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an emptied set of partitions aiokafka gives out all, those that are paused as well."""
+    asked: list[Any] = []
+
+    async def getmany(active: Any, timeout: float) -> Any:  # noqa: ASYNC109  (Faust's name)
+        consumer.pause_partitions({CHANGELOG})
+        asked.append(set(active))
+        return {}
+
+    monkeypatch.setattr(consumer, "_getmany", getmany)
+    consumer.resume_partitions({CHANGELOG})
+    consumer.resume_flow()
+    assert await delivered(consumer, {}) == []
+    assert asked == [{CHANGELOG}]
+
+
+async def test_a_seek_waits_for_the_poll_that_is_under_way(consumer: Consumer, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    under_way, go_on = asyncio.Event(), asyncio.Event()
+
+    async def getmany(active: Any, timeout: float) -> Any:  # noqa: ASYNC109  (Faust's name)
+        under_way.set()
+        await go_on.wait()
+        done.append("poll")
+        return {}
+
+    async def seek_wait(partitions: Any) -> None:
+        done.append("seek")
+
+    monkeypatch.setattr(consumer, "_getmany", getmany)
+    monkeypatch.setattr(consumer._thread, "seek_wait", seek_wait)
+    consumer.resume_partitions({CHANGELOG})
+    consumer.resume_flow()
+    polling = asyncio.create_task(delivered(consumer, {}))
+    await under_way.wait()
+    seeking = asyncio.create_task(consumer.seek_wait({CHANGELOG: 5}))
+    await asyncio.sleep(0)
+    go_on.set()
+    await asyncio.gather(polling, seeking)
+    assert done == ["poll", "seek"]
+
+
+async def test_a_seek_before_the_flow_goes_on_is_not_held_up_by_who_waits_for_the_flow(
+    consumer: Consumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def seek_wait(partitions: Any) -> None: ...
+
+    monkeypatch.setattr(consumer._thread, "seek_wait", seek_wait)
+    consumer.stop_flow()
+    waiting = asyncio.create_task(delivered(consumer, {}))
+    await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await consumer.seek_wait({CHANGELOG: 5})
+    consumer.resume_flow()
+    assert await waiting == []
+
+
+async def test_a_changelog_that_moves_on_without_records_tells_so_though_others_have_some(
+    consumer: Consumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = TP(CHANGELOG.topic, 1)
+    positions = iter([{CHANGELOG: 3, other: 3}, {CHANGELOG: 9, other: 5}])
+    monkeypatch.setattr(consumer, "_positions", lambda: next(positions))
+    monkeypatch.setattr(consumer, "_is_changelog_tp", lambda tp: tp.topic == CHANGELOG.topic)
+    consumer.resume_partitions({CHANGELOG, other})
+    consumer.resume_flow()
+    messages = await delivered(consumer, {other: records(3, 2, other)})
+    found = {(message.partition, message.offset, message.value.start, len(message.value)) for message in messages}
+    assert found == {(1, 4, 3, 2), (0, 8, 3, 0)}
+
+
 async def test_a_changelogs_message_tells_from_where_it_was_read(consumer: Consumer) -> None:
     consumer.resume_partitions({CHANGELOG})
     consumer.resume_flow()

@@ -50,6 +50,8 @@ CASES = {
     "state_dir": ("state", Path("state"), [""], "a path"),
     "state_dtype": ("float32", "float32", ["bfloat16"], "one of float16, float32"),
     "state_cache_mb": ("64", 64, ["7", "1048577"], "a whole number from 8 to 1,048,576"),
+    "standby_replicas": ("1", 1, ["-1", "10", "one"], "a whole number from 0 to 9"),
+    "group_instance_id": ("pod-0", "pod-0", ["", "a b", "x" * 101, ".."], "a name: 1 to 100 letters"),
     "session_timeout_seconds": ("10.5", 10.5, ["0.5", "1801", "nan", "inf", "soon"], "seconds from 1 to 1800"),
     "shutdown_seconds": ("60", 60.0, ["0", "3601"], "seconds from 1 to 3600"),
     "broker_timeout_seconds": ("5", 5.0, ["0", "601"], "seconds from 1 to 600"),

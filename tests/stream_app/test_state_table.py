@@ -556,11 +556,15 @@ async def test_files_that_may_not_grow_are_a_full_disk(tmp_path, database):
 
 
 def changelog_event(
-    store: UserStateStore, rows: list[tuple[bytes | None, bytes | None]], offset: int, start: int | None = None
+    store: UserStateStore,
+    rows: list[tuple[bytes | None, bytes | None]],
+    offset: int,
+    start: int | None = None,
+    log_start: int | None = None,
 ) -> faust.Event:
     """A batch of changelog records that ends at this offset, as the transport delivers it.
 
-    It was read from `start` on; by default from its first record.
+    It was read from `start` on, by default from its first record; the log begins there as well if nothing is said.
     """
     first = offset - len(rows) + 1
     records = [
@@ -568,7 +572,8 @@ def changelog_event(
         for place, (key, value) in enumerate(rows)
     ]
     tp = TP(CHANGELOG, 0)
-    read = ChangelogRecords(records, first if start is None else start)
+    log_start = first if log_start is None else log_start
+    read = ChangelogRecords(records, first if start is None else start, log_start)
     message = ConsumerMessage(CHANGELOG, 0, offset, 0.0, 0, None, None, read, None, tp=tp)
     return store.app.create_event(None, read, None, message)
 
@@ -586,11 +591,21 @@ async def test_a_changelog_that_was_not_read_on_from_where_the_database_ends_is_
     monkeypatch.setattr(store.app, "crash", crash)
     restore(store, changelog_event(store, [(b"a", state(1))], 4), changelog_event(store, [(b"b", state(2))], 5))
     restore(store, changelog_event(store, [(b"b", state(2))], 5))  # again, as after a rebalance
-    with pytest.raises(StateError, match="read from offset 7 on, and this worker's copy ends at 5"):
-        restore(store, changelog_event(store, [(b"c", state(3))], 7))
+    with pytest.raises(StateError, match="read from offset 7 on instead of 6"):
+        restore(store, changelog_event(store, [(b"c", state(3))], 7, log_start=0))
     await asyncio.sleep(0)
     assert read_all(store) == ({b"a": state(1), b"b": state(2)}, 5)
     assert len(ends) == 1
+
+
+async def test_nor_may_the_beginning_be_missing_of_an_empty_database(store, monkeypatch):
+    async def ignore(error: BaseException) -> None: ...
+
+    monkeypatch.setattr(store.app, "crash", ignore)
+    with pytest.raises(StateError, match="read from offset 7 on instead of 2"):
+        restore(store, changelog_event(store, [(b"c", state(3))], 7, log_start=2))
+    restore(store, changelog_event(store, [(b"c", state(3))], 7, start=2, log_start=2))
+    assert read_all(store) == ({b"c": state(3)}, 7)
 
 
 states_of_users = st.lists(st.tuples(st.sampled_from([b"a", b"b", b"c"]), st.integers(-1, 9)), max_size=20)
