@@ -1,32 +1,75 @@
-"""Dropout whose masks cost a byte of randomness each."""
+"""Dropout without masks in memory."""
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
-LEVELS = 256
+from lrurec import dropout_kernels
+from lrurec.threads import in_threads
+
+_ELEMENTS_PER_THREAD = 1 << 17
+"""At least: waking a thread costs as much as some ten thousand."""
 
 
-class ByteDropout(nn.Module):
-    """x ↦ x ∘ keep / P(keep) in training, x otherwise; torch's own dropout was half of a forward pass on the CPU.
+class Dropout(nn.Module):
+    """x ↦ x ∘ keep / (1 - p) in training, x otherwise, as nn.Dropout.
 
-    A byte per element is drawn, so the probability of dropping is rounded to a multiple of 1/256 and the scale goes
-    by the rounded value: the expectation is exact. Draws come from torch's generator of the device, as for nn.Dropout.
+    On a CPU which elements are kept is a hash of their index and of 64 bits drawn from torch's generator, computed once
+    more in the gradient: torch's own, which draws every element, was half of a forward pass. The same generator state
+    drops the same whatever the number of threads.
     """
 
     def __init__(self, probability: float) -> None:
         super().__init__()
-        # At least one level in 256 is kept: a probability below 1 must not become 1.
-        self.dropped_levels = min(round(probability * LEVELS), LEVELS - 1)
+        self.probability = probability
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        if not self.training or self.dropped_levels == 0:
+        if not self.training or self.probability == 0:
             return x
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
-        # The full range of 64 bits: without bounds the sign bit would always be 0.
-        levels = words.random_(-(2**63), None).view(torch.uint8)[: x.numel()].view(x.shape)
-        # The scale is no tensor: one of bfloat16 would be rounded, and the mean be off.
-        return x * (levels >= self.dropped_levels) * (LEVELS / (LEVELS - self.dropped_levels))
+        if x.device.type != "cpu" or x.dtype not in _KERNELS:
+            return functional.dropout(x, self.probability)
+        keys = torch.randint(2**32, (2,)).numpy().astype(np.uint32)
+        dropped: Tensor = _Dropped.apply(x, self.probability, keys)
+        return dropped
 
     def extra_repr(self) -> str:
-        return f"{self.dropped_levels}/{LEVELS}"
+        return f"p={self.probability}"
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, probability: float, keys: np.ndarray) -> Tensor:
+        ctx.drops = probability, keys  # type: ignore[attr-defined]
+        return _drop(x, probability, keys)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _drop(grad, *ctx.drops), None, None  # type: ignore[attr-defined]
+
+
+_KERNELS = {
+    torch.float32: (dropout_kernels.drop, torch.float32),
+    torch.bfloat16: (dropout_kernels.drop_bfloat16, torch.int16),
+}
+"""dtype → the loop, and what it takes it for."""
+
+
+def _drop(x: Tensor, probability: float, keys: np.ndarray) -> Tensor:
+    kernel, seen_as = _KERNELS[x.dtype]
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    values, results = (tensor.detach().view(seen_as).numpy().reshape(-1) for tensor in (x, out))
+    # One value of the hash at least keeps: a probability below 1 must not become 1.
+    dropped = np.uint32(min(round(probability * 2**32), 2**32 - 1))
+    scale = np.float32(1 / (1 - probability))
+    parts = max(1, min(torch.get_num_threads(), len(values) // _ELEMENTS_PER_THREAD))
+    cuts = [len(values) * part // parts for part in range(parts + 1)]
+
+    def task(part: int) -> None:
+        run = slice(cuts[part], cuts[part + 1])
+        kernel(values[run], run.start, keys[0], keys[1], dropped, scale, results[run])
+
+    in_threads(task, parts)
+    return out

@@ -21,7 +21,7 @@ from lrurec.array_types import (
     UserStates,
 )
 from lrurec.config import LRURecConfig
-from lrurec.dropout import ByteDropout
+from lrurec.dropout import Dropout
 from lrurec.recurrence import LRU
 
 PADDING = 0
@@ -38,7 +38,7 @@ class FeedForward(nn.Module):
         width = config.hidden_units
         self.inner = nn.Linear(width, 4 * width)
         self.outer = nn.Linear(4 * width, width)
-        self.dropout = ByteDropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, x: Float32[Tensor, "n d"]) -> Float32[Tensor, "n d"]:
@@ -53,7 +53,7 @@ class Block(nn.Module):
     def __init__(self, config: LRURecConfig) -> None:
         super().__init__()
         self.lru = LRU(config.hidden_units)
-        self.dropout = ByteDropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layer_norm = nn.LayerNorm(config.hidden_units, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config)
 
@@ -97,7 +97,7 @@ class LRURec(nn.Module):
         self.config = config
         rows, width = config.num_items + 1, config.hidden_units
         self.item_embedding = nn.Embedding(rows, width, _weight=torch.empty(rows, width))  # `reset_parameters` fills it
-        self.dropout = ByteDropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layer_norm = nn.LayerNorm(config.hidden_units, eps=config.layer_norm_eps)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_blocks)])
         self.item_bias = nn.Parameter(torch.empty(config.num_items + 1))

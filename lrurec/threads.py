@@ -25,6 +25,21 @@ def limited_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def one_thread() -> Iterator[int]:
+    """Torch computes in the calling thread alone; yields how many threads it had.
+
+    For work that takes turns with `in_threads`: torch's own threads go on spinning for milliseconds after each of its
+    operators, on the cores that the parts want.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)
+
+
 def in_threads(task: Callable[[int], None], parts: int) -> None:
     """Run the parts 0..parts-1 of a task side by side, the first in this thread; they must not hold the GIL for long.
 
@@ -34,12 +49,10 @@ def in_threads(task: Callable[[int], None], parts: int) -> None:
         task(0)
         return
     others = [_pool(parts).submit(task, part) for part in range(1, parts)]
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        task(0)
+        with one_thread():
+            task(0)
     finally:
-        torch.set_num_threads(before)
         wait(others)
     for other in others:
         other.result()

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from lrurec.threads import in_threads
+from lrurec.threads import in_threads, one_thread
 from lrurec.training import loss_kernels
 from lrurec.training.precision import dtype_of
 from lrurec.training.presets import Precision
@@ -63,41 +63,47 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
         smoothing: float,
         precision: Precision,
     ) -> Tensor:
-        n, num_rows = len(encodings), len(weight)
-        scores = _scores_of(weight, bias, precision)
-        own = (encodings * weight[labels]).sum(1) + bias[labels]
-        grad_encodings, grad_weight, grad_bias = map(torch.zeros_like, (encodings, weight, bias))
-        loss = encodings.new_zeros(())
-        for tile in _tiles(encodings, labels, own, num_rows):
-            found = scores.exponentials(tile)
-            loss += ((found.totals.log() + found.shift - tile.own) * tile.share).sum()
-            scale = (tile.share / found.totals)[:, None]
-            count = tile.rows.stop - tile.rows.start
-            grad_encodings[tile.rows] = (found.products * scale)[:count]
-            # The column of scales beside the encodings gives the gradient of the bias by the same product.
-            scaled = torch.cat([tile.encodings * scale, scale], 1)
-            scores.add_gradient(found.values, scaled, grad_weight, grad_bias)
-            # What the label's own score gets: its probability less what is asked for.
-            from_own = (found.own * scale[:, 0])[:count, None] - (1 - smoothing) / n
-            grad_encodings[tile.rows].addcmul_(weight[labels[tile.rows]], from_own)
-            grad_weight.index_add_(0, labels[tile.rows], encodings[tile.rows] * from_own)
-            grad_bias.index_add_(0, labels[tile.rows], from_own[:, 0])
-        if smoothing:
-            # The mean score is the score of the mean item: no pass over the scores.
-            mean_weight, mean_bias = weight.mean(0), bias.mean()
-            loss += smoothing * (own - encodings @ mean_weight - mean_bias).mean()
-            grad_encodings.sub_(mean_weight, alpha=smoothing / n)
-            grad_weight.sub_(encodings.mean(0), alpha=smoothing / num_rows)
-            grad_bias.sub_(smoothing / num_rows)
-        ctx.save_for_backward(grad_encodings, grad_weight, grad_bias)
+        with one_thread() as threads:
+            scores = _scores_of(weight, bias, precision, threads)
+            loss, grad_encodings = _loss_and_gradients(encodings, scores, labels, smoothing)
+        ctx.save_for_backward(grad_encodings, scores.grad_weight, scores.grad_bias)
         return loss
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        grad_encodings, grad_weight, grad_bias = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad * grad_encodings, grad * grad_weight, grad * grad_bias, None, None, None
+        gradients = ctx.saved_tensors  # type: ignore[attr-defined]
+        if grad.device.type != "cpu" or grad != 1:  # a pass over the item table for nothing
+            gradients = [grad * each for each in gradients]
+        return (*gradients, None, None, None)
+
+
+def _loss_and_gradients(
+    encodings: Tensor, scores: "_Scores", labels: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient by the encodings; those by weight and bias are the scores'."""
+    n, num_rows = len(encodings), len(scores.weight)
+    weight, grad_weight, grad_bias = scores.weight, scores.grad_weight, scores.grad_bias
+    own = (encodings * weight[labels]).sum(1) + scores.bias[labels]
+    # The mean score, of which smoothing takes its share, is the score of the mean item: no pass over the scores.
+    mean_weight, mean_bias = scores.begin(encodings.mean(0) * (-smoothing / num_rows), -smoothing / num_rows)
+    loss = smoothing * (own - encodings @ mean_weight - mean_bias).mean()
+    grad_encodings = (mean_weight * (-smoothing / n)).repeat(n, 1)
+    for tile in _tiles(encodings, labels, own, num_rows):
+        found = scores.exponentials(tile)
+        loss += ((found.totals.log() + found.shift - tile.own) * tile.share).sum()
+        scale = (tile.share / found.totals)[:, None]
+        count = tile.rows.stop - tile.rows.start
+        grad_encodings[tile.rows] += (found.products * scale)[:count]
+        # The column of scales beside the encodings gives the gradient of the bias by the same product.
+        scores.add_gradient(found.values, torch.cat([tile.encodings * scale, scale], 1))
+        # What the label's own score gets: its probability less what is asked for.
+        from_own = (found.own * scale[:, 0])[:count, None] - (1 - smoothing) / n
+        grad_encodings[tile.rows].addcmul_(weight[labels[tile.rows]], from_own)
+        grad_weight.index_add_(0, labels[tile.rows], encodings[tile.rows] * from_own)
+        grad_bias.index_add_(0, labels[tile.rows], from_own[:, 0])
+    return loss, grad_encodings
 
 
 class _Tile(NamedTuple):
@@ -154,38 +160,60 @@ class _Exponentials(NamedTuple):
 
 
 class _Scores:
-    """E x + bias by torch's operators, all items at once."""
+    """E x + bias by torch's operators, all items at once; and the gradients by E and bias."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self._weight, self._bias = weight, bias
+        self.weight, self.bias = weight, bias
+        self.grad_weight, self.grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+
+    def begin(self, grad_weight: Tensor, grad_bias: float) -> tuple[Tensor, Tensor]:
+        """Let every item's gradient begin at these; returns the means of weight and bias over the items."""
+        self.grad_weight.copy_(grad_weight)
+        self.grad_bias.fill_(grad_bias)
+        return self.weight.mean(0), self.bias.mean()
 
     def exponentials(self, tile: _Tile) -> _Exponentials:
         """Of a tile. The shift is the greatest score."""
-        scores = torch.addmm(self._bias, tile.encodings, self._weight.T)
+        scores = torch.addmm(self.bias, tile.encodings, self.weight.T)
         scores.scatter_(1, tile.labels[:, None], -torch.inf)
         shift = torch.maximum(scores.amax(1), tile.own)
         values = scores.sub_(shift[:, None]).exp_()
         own = (tile.own - shift).exp()
-        return _Exponentials([values], values @ self._weight, own, own + values.sum(1), shift)
+        return _Exponentials([values], values @ self.weight, own, own + values.sum(1), shift)
 
-    def add_gradient(self, values: Sequence[Tensor], scaled: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
+    def add_gradient(self, values: Sequence[Tensor], scaled: Tensor) -> None:
         """Add a tile's terms of the gradient; `scaled` is (r, d + 1), the encodings and a column of ones, scaled."""
         by_item = values[0].T @ scaled
-        grad_weight += by_item[:, :-1]
-        grad_bias += by_item[:, -1]
+        self.grad_weight += by_item[:, :-1]
+        self.grad_bias += by_item[:, -1]
 
 
 class _CompiledScores(_Scores):
     """E x + bias of float32 arguments, by torch's products and a compiled loop. The threads share out the items."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, threads: int) -> None:
         super().__init__(weight, bias)
         self._dtype = dtype
-        self._threads = torch.get_num_threads()
+        self._threads = threads
         self._ranges = _item_ranges(len(weight), self._threads)
-        self._factors = [weight[items].to(dtype) for items in self._ranges]
+        self._factors = [
+            weight.new_empty(items.stop - items.start, weight.shape[1], dtype=dtype) for items in self._ranges
+        ]
         self._biases = [bias[items].numpy() for items in self._ranges]
         self._memory = [factor.new_empty(0, len(factor)) for factor in self._factors]
+
+    def begin(self, grad_weight: Tensor, grad_bias: float) -> tuple[Tensor, Tensor]:
+        self.grad_bias.fill_(grad_bias)
+        sums = torch.empty(len(self._ranges), len(grad_weight))
+
+        def load(part: int) -> None:
+            items = self._ranges[part]
+            self.grad_weight[items] = grad_weight
+            self._factors[part].copy_(self.weight[items])
+            torch.sum(self.weight[items], 0, out=sums[part])
+
+        self._share_out(load)
+        return sums.sum(0) / len(self.weight), self.bias.mean()
 
     def exponentials(self, tile: _Tile) -> _Exponentials:
         """As of `_Scores`. The shift is the label's score, which needs no search; no total is below 1."""
@@ -214,13 +242,13 @@ class _CompiledScores(_Scores):
             return exact._replace(values=[exact.values[0][:, items].to(self._dtype) for items in self._ranges])
         return _Exponentials(values, products.sum(0), torch.ones_like(totals), totals, tile.own)
 
-    def add_gradient(self, values: Sequence[Tensor], scaled: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
+    def add_gradient(self, values: Sequence[Tensor], scaled: Tensor) -> None:
         factor = scaled.to(self._dtype)
 
         def add(part: int) -> None:
             by_item = values[part].T @ factor
-            grad_weight[self._ranges[part]] += by_item[:, :-1]
-            grad_bias[self._ranges[part]] += by_item[:, -1]
+            self.grad_weight[self._ranges[part]] += by_item[:, :-1]
+            self.grad_bias[self._ranges[part]] += by_item[:, -1]
 
         self._share_out(add)
 
@@ -242,10 +270,10 @@ def _exponentiate(scores: Tensor, bias: np.ndarray, shift: np.ndarray, sums: np.
         loss_kernels.exponentiate(scores.numpy(), bias, shift, sums)
 
 
-def _scores_of(weight: Tensor, bias: Tensor, precision: Precision) -> _Scores:
+def _scores_of(weight: Tensor, bias: Tensor, precision: Precision, threads: int) -> _Scores:
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return _Scores(weight, bias)
-    return _CompiledScores(weight.detach().contiguous(), bias.detach().contiguous(), dtype_of(precision))
+    return _CompiledScores(weight.detach().contiguous(), bias.detach().contiguous(), dtype_of(precision), threads)
 
 
 def _item_ranges(num_rows: int, threads: int) -> list[slice]:

@@ -6,8 +6,9 @@ Axes: r rows (labels) of a tile, v rows of the item table.
 import numpy as np
 from numba import njit
 
+from lrurec.bfloat16 import from_bits, to_bits
+
 _int32, _float32 = np.int32, np.float32
-_SIXTEEN = np.int32(16)
 
 
 @njit(inline="always")
@@ -30,18 +31,6 @@ def _exp(x):
     y = _float32(y * r * r + r + _float32(1.0))
     exponent = _int32(_float32(shifted).view(np.int32) << _int32(23))
     return _int32(y.view(np.int32) + exponent).view(np.float32)
-
-
-@njit(inline="always")
-def _bfloat16_bits(x):
-    """The upper half of a float32's bits, rounded to the nearest, ties to even."""
-    bits = _float32(x).view(np.int32)
-    return np.int16(_int32(bits + _int32(0x7FFF) + _int32((bits >> _SIXTEEN) & _int32(1))) >> _SIXTEEN)
-
-
-@njit(inline="always")
-def _from_bfloat16_bits(bits):
-    return _int32(_int32(bits) << _SIXTEEN).view(np.float32)
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
@@ -72,7 +61,7 @@ def exponentiate_bfloat16(scores, bias, shift, sums):
         row = scores[i]
         total = _float32(0)
         for v in range(row.shape[0]):
-            value = _exp(_from_bfloat16_bits(row[v]) + bias[v] - shift[i])
-            row[v] = _bfloat16_bits(value)
+            value = _exp(from_bits(row[v]) + bias[v] - shift[i])
+            row[v] = to_bits(value)
             total += value
         sums[i] = total

@@ -1,36 +1,63 @@
 import pytest
 import torch
 
-from lrurec.dropout import ByteDropout
+from lrurec.dropout import Dropout
+
+CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
-@pytest.mark.parametrize("probability", [0.2, 0.6])
-def test_the_asked_share_is_dropped_and_the_mean_kept(probability):
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
+@pytest.mark.parametrize("probability", [0.1, 0.2, 0.6])
+def test_the_asked_share_is_dropped_and_the_rest_scaled_once(probability, dtype):
     torch.manual_seed(5)
-    dropped = ByteDropout(probability)(torch.ones(1000, 400))
-    assert (dropped == 0).float().mean() == pytest.approx(probability, abs=0.004)
-    assert dropped.mean() == pytest.approx(1, abs=0.01)
+    x = torch.linspace(1, 2, 200, dtype=dtype).expand(2000, 200)
+    dropped = Dropout(probability)(x)
+    kept = dropped != 0
+    assert kept.float().mean() == pytest.approx(1 - probability, abs=0.004)
+    scaled = (x.double() / (1 - probability)).to(dtype)
+    torch.testing.assert_close(dropped[kept], scaled[kept], rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    assert dropped.double().mean() == pytest.approx(1.5, abs=0.01)
 
 
-@pytest.mark.parametrize("probability", [0.1, 0.2, 0.4, 0.6])
+def test_each_element_is_drawn_on_its_own_and_anew_each_time():
+    torch.manual_seed(5)
+    dropout, ones = Dropout(0.5), torch.ones(4000, 8)
+    kept = torch.cat([dropout(ones), dropout(ones)], 1).sign()
+    beside_the_row_below = torch.cat([kept[:-1], kept[1:]], 1)
+    assert torch.corrcoef(beside_the_row_below.T).fill_diagonal_(0).abs().max() < 0.07
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_scale_keeps_the_mean_whatever_the_precision(probability, dtype):
+def test_the_gradient_passes_where_the_element_was_kept(dtype):
     torch.manual_seed(5)
-    x = torch.linspace(1, 2, 200, dtype=dtype).expand(500, 200)
-    dropout = ByteDropout(probability)
-    scaled = (x.float() * (256 / (256 - dropout.dropped_levels))).to(dtype)
-    dropped = dropout(x)
-    assert torch.equal(dropped[dropped != 0], scaled[dropped != 0])
+    x = torch.ones(300, 7, dtype=dtype, requires_grad=True)
+    dropped = Dropout(0.4)(x)
+    (gradient,) = torch.autograd.grad(dropped, x, torch.full_like(dropped, 3.0))
+    torch.testing.assert_close(gradient, 3 * dropped.detach(), rtol=2**-7, atol=0)
 
 
-def test_each_element_is_drawn_on_its_own():
-    torch.manual_seed(5)
-    kept = (ByteDropout(0.5)(torch.ones(4000, 8)) > 0).float()
-    correlation = torch.corrcoef(kept.T).fill_diagonal_(0)
-    assert correlation.abs().max() < 0.07
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_nothing(dtype):
+    x = torch.randn(5001, 100, generator=torch.Generator().manual_seed(1)).to(dtype)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        try:
+            torch.set_num_threads(count)
+            torch.manual_seed(3)
+            results.append(Dropout(0.3)(x))
+        finally:
+            torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("dropout", [ByteDropout(0.5).eval(), ByteDropout(0.0)])
+def test_a_view_is_dropped_as_its_copy_is():
+    x = torch.randn(40, 30)
+    view, copy = ((torch.manual_seed(2), Dropout(0.3)(values))[1] for values in (x.T, x.T.contiguous()))
+    assert torch.equal(view, copy)
+
+
+@pytest.mark.parametrize("dropout", [Dropout(0.5).eval(), Dropout(0.0)])
 def test_nothing_is_dropped_in_evaluation_or_at_probability_zero(dropout):
     x = torch.randn(5, 3)
     assert dropout(x) is x
@@ -38,10 +65,10 @@ def test_nothing_is_dropped_in_evaluation_or_at_probability_zero(dropout):
 
 def test_the_same_seed_drops_the_same():
     x = torch.ones(9, 5)
-    first, second = ((torch.manual_seed(2), ByteDropout(0.3)(x))[1] for _ in range(2))
+    first, second = ((torch.manual_seed(2), Dropout(0.3)(x))[1] for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_a_probability_just_below_one_still_keeps_something():
     torch.manual_seed(0)
-    assert ByteDropout(0.9999)(torch.ones(100, 100)).any()
+    assert Dropout(0.999)(torch.ones(100, 100)).any()

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from lrurec.bfloat16 import to_bits
 from lrurec.threads import limited_threads
-from lrurec.training import loss, loss_kernels
+from lrurec.training import loss
 from lrurec.training.loss import softmax_cross_entropy
 
 LABELS = torch.tensor([0, 3, 3, 10, 5, 1, 2])
@@ -99,7 +100,7 @@ def test_where_the_label_is_nearly_certain_loss_and_gradient_are_what_little_it_
 
 @given(st.lists(st.floats(0, 2.0**127, width=32), min_size=1, max_size=50))
 def test_exponentials_are_rounded_as_torch_rounds(values):
-    ours = np.array([loss_kernels._bfloat16_bits(np.float32(value)) for value in values])
+    ours = np.array([to_bits(np.float32(value)) for value in values])
     torch.testing.assert_close(
         torch.from_numpy(ours.astype(np.int16)), torch.tensor(values, dtype=torch.float32).bfloat16().view(torch.int16)
     )
