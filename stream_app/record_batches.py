@@ -174,9 +174,9 @@ class RecordBatchConsumer(driver.Consumer):
         """Yield (partition, batch); replaces Faust's loop over single records."""
         if not await self._has_room(timeout):
             return
+        if not self.flow_active:  # not under the lock: the seeks that come before the flow need it
+            await self.wait(cast("Any", self.can_resume_flow))
         async with self._polling:
-            if not self.flow_active:
-                await self.wait(cast("Any", self.can_resume_flow))
             before = self._positions()
             polled, active = await self._poll(min(timeout, _WAIT_SECONDS))
             positions = self._positions()
@@ -207,6 +207,11 @@ class RecordBatchConsumer(driver.Consumer):
             await asyncio.sleep(timeout if self.flow_active else 0)
             return {}, active
         return cast("Mapping[TP, Sequence[Any]]", await self._getmany(cast("Any", active), timeout) or {}), active
+
+    async def seek_wait(self, partitions: Mapping[TP, int]) -> None:
+        """Seek, with no poll under way: what that brings from before would move the position once more."""
+        async with self._polling:
+            await super().seek_wait(partitions)
 
     async def earliest_offsets(self, *partitions: TP) -> Mapping[TP, int]:
         """Where logs begin; remembered of changelogs, to tell whether one was read from there."""

@@ -34,6 +34,7 @@ from faust.types import TP, AppT, CollectionT, EventT
 from lrurec.user_state import StateLayout, UserStateError
 from stream_app.errors import StateError, foreign_record
 from stream_app.record_batches import ChangelogRecords, RecordBatchSchema, records_of
+from stream_app.recovery import OutspokenRecovery
 from stream_app.topic_metadata import NO_ID
 
 #: Named apart from this module: mode gives each service its module's logger, and those are quieted (see logs.py).
@@ -512,4 +513,6 @@ def _foreign_state(state: bytes, layout: StateLayout) -> str:
 
 def user_state_table(app: faust.App, options: StoreOptions) -> UserStateTable:
     """The table, registered with the app."""
+    tables = cast("Any", app.tables)
+    tables._recovery = OutspokenRecovery(app, tables, beacon=tables.beacon, loop=tables.loop)
     return cast("UserStateTable", app.tables.add(UserStateTable(app, options)))

@@ -195,7 +195,7 @@ def _explained(reason: BaseException, folder: Path) -> Exception:
 
 
 async def _until_stuck(parts: Parts, seconds: float) -> None:
-    """Watch that the worker becomes ready; Faust's recovery may end without a word when Kafka answers late.
+    """Watch that the worker becomes ready, whatever keeps it from that.
 
     Raises:
         WorkerError: for so long it was neither ready nor restored a state.

@@ -141,6 +141,47 @@ async def test_a_poll_goes_on_with_the_partitions_that_it_began_with(
     assert asked == [{CHANGELOG}]
 
 
+async def test_a_seek_waits_for_the_poll_that_is_under_way(consumer: Consumer, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    under_way, go_on = asyncio.Event(), asyncio.Event()
+
+    async def getmany(active: Any, timeout: float) -> Any:  # noqa: ASYNC109  (Faust's name)
+        under_way.set()
+        await go_on.wait()
+        done.append("poll")
+        return {}
+
+    async def seek_wait(partitions: Any) -> None:
+        done.append("seek")
+
+    monkeypatch.setattr(consumer, "_getmany", getmany)
+    monkeypatch.setattr(consumer._thread, "seek_wait", seek_wait)
+    consumer.resume_partitions({CHANGELOG})
+    consumer.resume_flow()
+    polling = asyncio.create_task(delivered(consumer, {}))
+    await under_way.wait()
+    seeking = asyncio.create_task(consumer.seek_wait({CHANGELOG: 5}))
+    await asyncio.sleep(0)
+    go_on.set()
+    await asyncio.gather(polling, seeking)
+    assert done == ["poll", "seek"]
+
+
+async def test_a_seek_before_the_flow_goes_on_is_not_held_up_by_who_waits_for_the_flow(
+    consumer: Consumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def seek_wait(partitions: Any) -> None: ...
+
+    monkeypatch.setattr(consumer._thread, "seek_wait", seek_wait)
+    consumer.stop_flow()
+    waiting = asyncio.create_task(delivered(consumer, {}))
+    await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await consumer.seek_wait({CHANGELOG: 5})
+    consumer.resume_flow()
+    assert await waiting == []
+
+
 async def test_a_changelog_that_moves_on_without_records_tells_so_though_others_have_some(
     consumer: Consumer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
