@@ -4,6 +4,8 @@
     python -m tests.chaos --seed 7 --kills 20 --clicks 50000  a shorter one
     python -m tests.chaos --mutation apply-twice              a worker that is wrong on purpose: must be found out
     python -m tests.chaos --set GUARANTEE=exactly_once        and no recommendation or dead letter is there twice
+    python -m tests.chaos --set GROUP_INSTANCE_ID=number-{slot}
+                                                              workers with names of their own
 
 Prints its seed and its counts; the last line is all of them as JSON. Exit code 0 if everything happened as often as
 asked for and `stream-app verify` is clean; with --mutation, if it is not.

@@ -48,7 +48,7 @@ class Stage:
         folder: for Kafka, the bundle, the states and the logs; kept.
         counts: where is counted how workers end.
         mutation: one of `mutations.MUTATIONS`, for workers that are wrong on purpose.
-        settings: of the workers, by their names without STREAM_APP_.
+        settings: of the workers, by their names without STREAM_APP_; `{slot}` in a value is the worker's slot.
 
     """
 
@@ -123,6 +123,7 @@ class Stage:
             STATE_DIR=str(disk.folder / "state"),
             WEB_PORT="0",
         )
+        environment = {name: value.replace("{slot}", str(slot)) for name, value in environment.items()}
         log = self._folder / f"worker-{slot}-{next(self._starts):04}.log"
         fixed = {"mutation": self._mutation, "largest_file": disk.largest_file}
         return await self._workers.start(log, environment, **fixed, **chaos)
