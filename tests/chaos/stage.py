@@ -33,6 +33,7 @@ REQUEST_SECONDS = 5
 
 _GOLDEN = Path(__file__).parents[1] / "lrurec" / "golden" / "public_large_d64_b2.npz"
 _LISTENER = "PROXIED"
+_SLOT = "{slot}"
 
 _BROKER_SECONDS = 180
 _END_SECONDS = 25
@@ -70,9 +71,9 @@ class Stage:
             properties={"advertised.listeners": f"PLAINTEXT://127.0.0.1:{port},{_LISTENER}://{self.proxy.address}"},
         )
         extra = {"MAX_BATCH": "512", "STATE_DTYPE": "float16", "SESSION_TIMEOUT_SECONDS": str(SESSION_SECONDS)}
-        self.site = Site(
-            f"127.0.0.1:{port}", "chaos", folder / "bundle", folder, partitions=8, extra={**extra, **settings}
-        )
+        self._each_its_own = {name: value for name, value in settings.items() if _SLOT in value}
+        extra |= {name: value for name, value in settings.items() if _SLOT not in value}
+        self.site = Site(f"127.0.0.1:{port}", "chaos", folder / "bundle", folder, partitions=8, extra=extra)
         """Kafka itself, for whoever has no accidents."""
         self.settings = Settings.from_environment(self.site.environment())
 
@@ -122,8 +123,8 @@ class Stage:
             BROKER_TIMEOUT_SECONDS=str(request_seconds),
             STATE_DIR=str(disk.folder / "state"),
             WEB_PORT="0",
+            **{name: value.replace(_SLOT, str(slot)) for name, value in self._each_its_own.items()},
         )
-        environment = {name: value.replace("{slot}", str(slot)) for name, value in environment.items()}
         log = self._folder / f"worker-{slot}-{next(self._starts):04}.log"
         fixed = {"mutation": self._mutation, "largest_file": disk.largest_file}
         return await self._workers.start(log, environment, **fixed, **chaos)
