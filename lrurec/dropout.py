@@ -30,7 +30,7 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu" or x.dtype not in _KERNELS:
             return functional.dropout(x, self.probability)
-        keys = torch.randint(2**32, (2,)).numpy().astype(np.uint32)
+        keys = torch.randint(2**32, (2,), device="cpu").numpy().astype(np.uint32)
         dropped: Tensor = _Dropped.apply(x, self.probability, keys)
         return dropped
 
@@ -46,7 +46,7 @@ class _Dropped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _drop(grad, *ctx.drops), None, None  # type: ignore[attr-defined]
+        return _Dropped.apply(grad, *ctx.drops), None, None  # type: ignore[attr-defined]
 
 
 _KERNELS = {

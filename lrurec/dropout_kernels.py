@@ -27,7 +27,7 @@ def drop(x, first, first_key, second_key, dropped, scale, out):
 
     Args:
         x: (n,) float32.
-        first: the index of x_0 in the array that x is a part of.
+        first: the index of x_0 in the array that x is a part of; indices that are equal modulo 2^32 share their fate.
         first_key: uint32.
         second_key: uint32.
         dropped: uint32, of 2^32 values of the hash those that drop.

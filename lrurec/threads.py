@@ -29,8 +29,9 @@ def limited_threads(count: int | None) -> Iterator[None]:
 def one_thread() -> Iterator[int]:
     """Torch computes in the calling thread alone; yields how many threads it had.
 
-    For work that takes turns with `in_threads`: torch's own threads go on spinning for milliseconds after each of its
-    operators, on the cores that the parts want.
+    For work that takes turns with `in_threads`. Torch's threads spin for milliseconds after an operator, on the cores
+    that the parts want, unless OpenMP was told to let them sleep; and waking them for small operators takes longer
+    than the operators.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -60,4 +61,9 @@ def in_threads(task: Callable[[int], None], parts: int) -> None:
 
 @cache
 def _pool(size: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(size, "lrurec", initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(size, "lrurec", initializer=_have_one_thread)
+
+
+def _have_one_thread() -> None:
+    torch.get_num_threads()  # the first look in a thread makes it take over the number of the last that was set
+    torch.set_num_threads(1)

@@ -42,6 +42,10 @@ _MOST_BYTES = 64 << 20
 _WAIT_SECONDS = 0.1
 
 
+#: How much longer a poll may take that a rebalance falls into.
+_REBALANCE_SECONDS = 1.0
+
+
 class RecordBatchSchema(Schema):
     """Passes a batch's records on as they are: the agent and the table decode them in bulk."""
 
@@ -127,11 +131,25 @@ class _Thread(driver.AIOKafkaConsumerThread):
             fetcher._pending_tasks.clear()
         await super().on_thread_stop()
 
-    async def _fetch_records(self, consumer: Any, active_partitions: set[TP], *args: Any, **kwargs: Any) -> Any:
-        """What has been fetched; of changelogs all of it, so that more is fetched while this is restored."""
+    async def _fetch_records(
+        self,
+        consumer: Any,
+        active_partitions: set[TP],
+        timeout: float | None = None,
+        max_records: int | None = None,
+    ) -> Any:
+        """What has been fetched; of changelogs all of it, so that more is fetched while this is restored.
+
+        aiokafka waits in here for the end of a rebalance, whatever the timeout. Seeks wait for this, and have a
+        deadline: nothing is what was fetched then.
+        """
         if active_partitions and all(map(self.consumer._is_changelog_tp, active_partitions)):
-            kwargs["max_records"] = None
-        return await super()._fetch_records(consumer, active_partitions, *args, **kwargs)
+            max_records = None
+        try:
+            async with asyncio.timeout((timeout or 0.0) + _REBALANCE_SECONDS):
+                return await super()._fetch_records(consumer, active_partitions, timeout, max_records)
+        except TimeoutError:
+            return {}
 
     async def _highwaters(self, partitions: Sequence[Any]) -> Mapping[TP, int]:
         """The ends of logs for a recovery, records of open transactions included: it waits for the end of those.

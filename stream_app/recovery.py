@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from faust.tables.recovery import Recovery, ServiceStopped
-from mode.utils.times import Seconds
 
 from stream_app.errors import WorkerError
 
@@ -13,7 +12,7 @@ from stream_app.errors import WorkerError
 class OutspokenRecovery(Recovery):
     """Recovery whose steps end the worker when Kafka doesn't answer in time."""
 
-    async def _wait(self, coro: Any, timeout: Seconds | None = None) -> None:  # noqa: ASYNC109  (Faust's name)
+    async def _wait(self, coro: Any, timeout: Any = None) -> None:  # noqa: ASYNC109  (Faust's name)
         """Wait for a step.
 
         Faust can't tell a step that took too long from the end of the worker: it leaves recovery, and the worker is
@@ -22,7 +21,7 @@ class OutspokenRecovery(Recovery):
         try:
             await super()._wait(coro, timeout)
         except ServiceStopped:
-            if not self.should_stop:
-                reason = f"Kafka took longer than {timeout} seconds for a step of restoring the states"
+            if timeout is not None and not self.should_stop:
+                reason = f"Kafka took longer than {timeout:g} seconds for a step of restoring the states"
                 await self.app.crash(WorkerError(reason))
             raise

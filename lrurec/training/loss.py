@@ -46,8 +46,11 @@ def softmax_cross_entropy(
         loss_i = log Σ_v exp s_iv - (1 - ε) s_i,label - ε mean_v s_iv        ε = smoothing
 
     The gradient, softmax minus the smoothed label, is computed tile by tile beside the loss: scores aren't kept.
-    `precision` matters for float32 on a CPU; otherwise everything is computed as the arguments are.
+    `precision` matters for float32 on a CPU; otherwise everything is computed as the arguments are. To autograd
+    the gradient is a constant: there is no second derivative. Raises ValueError if n is 0.
     """
+    if not len(labels):
+        raise ValueError("there is no label: the mean over none is no number")
     result: Tensor = _SoftmaxCrossEntropy.apply(encodings, weight, bias, labels, smoothing, precision)
     return result
 
@@ -87,9 +90,11 @@ def _loss_and_gradients(
     weight, grad_weight, grad_bias = scores.weight, scores.grad_weight, scores.grad_bias
     own = (encodings * weight[labels]).sum(1) + scores.bias[labels]
     # The mean score, of which smoothing takes its share, is the score of the mean item: no pass over the scores.
-    mean_weight, mean_bias = scores.begin(encodings.mean(0) * (-smoothing / num_rows), -smoothing / num_rows)
-    loss = smoothing * (own - encodings @ mean_weight - mean_bias).mean()
-    grad_encodings = (mean_weight * (-smoothing / n)).repeat(n, 1)
+    loss, grad_encodings = encodings.new_zeros(()), torch.zeros_like(encodings)
+    mean_weight, mean_bias = scores.begin(encodings.mean(0), -smoothing / num_rows)
+    if smoothing:
+        loss += smoothing * (own - encodings @ mean_weight - mean_bias).mean()
+        grad_encodings.sub_(mean_weight, alpha=smoothing / n)
     for tile in _tiles(encodings, labels, own, num_rows):
         found = scores.exponentials(tile)
         loss += ((found.totals.log() + found.shift - tile.own) * tile.share).sum()
@@ -166,10 +171,10 @@ class _Scores:
         self.weight, self.bias = weight, bias
         self.grad_weight, self.grad_bias = torch.empty_like(weight), torch.empty_like(bias)
 
-    def begin(self, grad_weight: Tensor, grad_bias: float) -> tuple[Tensor, Tensor]:
-        """Let every item's gradient begin at these; returns the means of weight and bias over the items."""
-        self.grad_weight.copy_(grad_weight)
-        self.grad_bias.fill_(grad_bias)
+    def begin(self, mean_encoding: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Let every item's gradient begin at this share of the mean encoding; the mean item's weight and bias."""
+        self.grad_weight.copy_(_share_of(mean_encoding, share))
+        self.grad_bias.fill_(share)
         return self.weight.mean(0), self.bias.mean()
 
     def exponentials(self, tile: _Tile) -> _Exponentials:
@@ -202,13 +207,14 @@ class _CompiledScores(_Scores):
         self._biases = [bias[items].numpy() for items in self._ranges]
         self._memory = [factor.new_empty(0, len(factor)) for factor in self._factors]
 
-    def begin(self, grad_weight: Tensor, grad_bias: float) -> tuple[Tensor, Tensor]:
-        self.grad_bias.fill_(grad_bias)
-        sums = torch.empty(len(self._ranges), len(grad_weight))
+    def begin(self, mean_encoding: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        self.grad_bias.fill_(share)
+        start = _share_of(mean_encoding, share)
+        sums = self.weight.new_empty(len(self._ranges), len(mean_encoding))
 
         def load(part: int) -> None:
             items = self._ranges[part]
-            self.grad_weight[items] = grad_weight
+            self.grad_weight[items] = start
             self._factors[part].copy_(self.weight[items])
             torch.sum(self.weight[items], 0, out=sums[part])
 
@@ -261,6 +267,10 @@ class _CompiledScores(_Scores):
                 task(part)
 
         in_threads(every_nth, threads)
+
+
+def _share_of(vector: Tensor, share: float) -> Tensor:
+    return vector * share if share else torch.zeros_like(vector)  # what is not finite has no share in a gradient either
 
 
 def _exponentiate(scores: Tensor, bias: np.ndarray, shift: np.ndarray, sums: np.ndarray) -> None:

@@ -78,7 +78,7 @@ class TrainingSettings:
     """Validations without a better Recall@10 before training ends."""
 
     seed: int = 42
-    """Below 2³¹: a step draws from seed * 2³² + step, which must fit in 64 bits."""
+    """0 or more, below 2³¹. With the step, or the epoch, it decides all that is drawn there."""
 
     threads: int | None = None
     """Of torch, on the CPU; None leaves torch's choice. Small models are faster by one than by two that wait."""

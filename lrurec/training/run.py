@@ -77,7 +77,7 @@ class TrainingRun:
     def advance(self) -> None:
         """One step of the optimizer on the next batch."""
         settings, model = self.settings, self.model
-        torch.manual_seed((settings.seed << 32) + self.step)
+        torch.manual_seed(_seed_of(settings.seed, self.step))
         for group in self._optimizer.param_groups:
             group["lr"] = settings.rate_at(self.step, self.steps)
         batch = self._next_batch()
@@ -182,6 +182,11 @@ class TrainingRun:
         for name, parameter in self.model.named_parameters():
             tensors |= {f"{moment}/{name}": self._optimizer.state[parameter][moment] for moment in MOMENTS}
         return tensors
+
+
+def _seed_of(seed: int, step: int) -> int:
+    """What a step draws from. Torch's generator on a CPU takes no more than 32 bits of it: both have to be in those."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
 
 
 def encode(model: LRURec, batch: Batch, precision: Precision) -> PackedEncodings:

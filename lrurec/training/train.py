@@ -24,6 +24,9 @@ from lrurec.training.precision import dtype_of
 from lrurec.training.presets import Precision, TrainingSettings
 from lrurec.training.run import TrainingRun
 
+_COMPUTATION = 2
+"""Raised whenever what a step computes changes: a checkpoint from before belongs to another training."""
+
 CHECKPOINT_SECONDS = 10.0
 """Between two checkpoints, besides one at every validation."""
 
@@ -106,9 +109,9 @@ def resolve(settings: TrainingSettings) -> TrainingSettings:
 def run_id(interactions: Interactions, settings: TrainingSettings, catalogue: Catalogue, device: str) -> str:
     """16 hexadecimal digits over all that decides the trained weights: a checkpoint fits a run of the same id.
 
-    Data, settings as resolved, catalogue, kind of device and versions of what computes.
+    Data, settings as resolved, catalogue, kind of device, versions of what computes, and what a step here computes.
     """
-    how = [resolve(settings).to_json(), _device(device).type, _versions()]
+    how = [_COMPUTATION, resolve(settings).to_json(), _device(device).type, _versions()]
     digest = hashlib.sha256(interactions.fingerprint.encode())
     digest.update(json.dumps(how, sort_keys=True).encode())
     digest.update(catalogue.to_text().encode())

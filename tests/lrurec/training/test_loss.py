@@ -41,10 +41,13 @@ def test_tiles_give_the_loss_and_gradients_of_the_whole(monkeypatch, smoothing, 
     items=st.integers(1, 1_100) | st.integers(1_100, 4_000),
     smoothing=st.sampled_from([0.0, 0.2]),
     threads=st.integers(1, 3),
+    rows_per_tile=st.sampled_from([64, 200, 2048]),
     seed=st.integers(0, 99),
 )
 @settings(deadline=None, max_examples=40)
-def test_the_compiled_loss_and_its_gradients_are_those_of_the_whole(rows, items, smoothing, threads, seed):
+def test_the_compiled_loss_and_its_gradients_are_those_of_the_whole(
+    rows, items, smoothing, threads, rows_per_tile, seed
+):
     inputs = leaves(torch.float32, rows, items)
     labels = torch.randint(items, (rows,), generator=torch.manual_seed(seed))
     theirs = in_one_go(*inputs, labels, smoothing)
@@ -53,7 +56,8 @@ def test_the_compiled_loss_and_its_gradients_are_those_of_the_whole(rows, items,
     magnitudes = [leaf.detach().abs().requires_grad_() for leaf in inputs]
     encodings, weight, bias = magnitudes
     parts = torch.autograd.grad(((encodings * weight[labels]).sum(1) + bias[labels]).mean(), magnitudes)
-    with limited_threads(threads), patch.object(loss, "ITEMS_PER_RANGE", 512):  # more ranges than threads
+    # More ranges than threads, and more tiles than one.
+    with limited_threads(threads), patch.multiple(loss, ITEMS_PER_RANGE=512, ROWS_PER_TILE=rows_per_tile):
         for precision, loss_tolerance, tolerance in (("float32", 1e-6, 5e-5), ("bfloat16", 5e-3, 1e-2)):
             ours = softmax_cross_entropy(*inputs, labels, smoothing, precision)
             torch.testing.assert_close(ours, theirs, rtol=loss_tolerance, atol=loss_tolerance)
@@ -111,6 +115,35 @@ def assert_exact(ours, theirs, inputs, tolerance=1e-5):
     gradients = zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True)
     for one, other in gradients:
         assert (one - other).norm() <= 1e-2 * other.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_item_that_is_ruled_out_by_its_bias_is_no_trouble_without_smoothing(dtype):
+    encodings, weight, bias = (leaf.detach() for leaf in leaves(dtype))
+    bias[6] = -torch.inf
+    inputs = [leaf.requires_grad_() for leaf in (encodings, weight, bias)]
+    ours, theirs = softmax_cross_entropy(*inputs, LABELS), in_one_go(*inputs, LABELS)
+    torch.testing.assert_close(ours, theirs)
+    for one, other in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_without_a_label_there_is_no_loss(smoothing):
+    encodings, weight, bias = leaves(torch.float32, rows=0)
+    with pytest.raises(ValueError, match="no label"):
+        softmax_cross_entropy(encodings, weight, bias, LABELS[:0], smoothing)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_torchs_default_dtype_changes_nothing(precision):
+    inputs = leaves(torch.float32)
+    expected = softmax_cross_entropy(*inputs, LABELS, 0.1, precision)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(softmax_cross_entropy(*inputs, LABELS, 0.1, precision), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_equal_arguments_give_equal_bits():
