@@ -3,8 +3,9 @@
     python -m benchmarks.training                                             the shop's log of the demo
     python -m benchmarks.training video beauty ml-1m --data FOLDER            FOLDER/video/interactions.csv.gz, …
 
-Both forms have the same weights, batches, dropout rates and optimizer, and take turns. First the loss and the gradients
-of one batch without dropout are held against each other.
+Both forms have the same weights, batches, dropout rates and optimizer, and take turns; the other form in a process of
+its own, in which torch's threads wait for work as they do where nobody says how. First the loss and the gradients of
+one batch without dropout are held against each other.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ import argparse
 import copy
 import dataclasses
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -34,6 +40,11 @@ from lrurec.training.loss import softmax_cross_entropy
 from lrurec.training.presets import Precision, TrainingSettings, preset
 from lrurec.training.run import TrainingRun, encode
 from lrurec.training.windows import Batch, Windows
+
+_SPINS_WHERE_NOBODY_SAYS = "300000"
+"""Of torch's waiting threads: what libgomp has of itself, and `lrurec` changes. It goes before OMP_WAIT_POLICY."""
+
+_STEP_SECONDS = 600
 
 SHOP = Path(__file__).parents[1] / "stream_app" / "dev" / "demo" / "eshop" / "clicks.csv.gz"
 
@@ -59,24 +70,28 @@ def main() -> None:
 
 def measure(name: str, path: Path, settings: TrainingSettings, rounds: int) -> None:
     """Equality, then speed, of one data set."""
-    log = read_interactions(path)
-    split = leave_one_out(log.histories)
-    run = TrainingRun(
-        settings, split.train, split.validation, num_items=len(log.catalogue), device=torch.device("cpu"), run_id=name
-    )
-    windows = run.windows
+    run = training_run(name, path, settings)
     for precision in ("float32", "bfloat16"):
-        difference = compare(run.model, windows, settings, precision)
+        difference = compare(run.model, run.windows, settings, precision)
         print(
             f"{name}, {precision}: loss differs by {difference.loss:.1e} of itself, "
             f"gradients by {difference.gradients:.1e} of their norm at most ({difference.worst})"
         )
-    plain, ours = seconds_per_step(run, windows, settings, rounds)
+    with plain_form_of(name, path, settings) as plain_step:
+        plain, ours = seconds_per_step(run, plain_step, rounds)
     ratios = [theirs / own for theirs, own in zip(plain, ours, strict=True)]
     for form, each in (("plain form", plain), ("lrurec", ours)):
         print(f"{name:>8} {form:>10}: {statistics.median(each):7.3f} s a step ({min(each):.3f} to {max(each):.3f})")
     print(f"{name:>8} {'ratio':>10}: {statistics.median(ratios):7.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
-    print(json.dumps({"benchmark": "training", "data": name, "plain": plain, "lrurec": ours}))
+    print(json.dumps({"benchmark": "training", "data": name, "plain": plain, "lrurec": ours}), flush=True)
+
+
+def training_run(name: str, path: Path, settings: TrainingSettings) -> TrainingRun:
+    log = read_interactions(path)
+    split = leave_one_out(log.histories)
+    return TrainingRun(
+        settings, split.train, split.validation, num_items=len(log.catalogue), device=torch.device("cpu"), run_id=name
+    )
 
 
 class Difference(NamedTuple):
@@ -115,33 +130,60 @@ def padded(batch: Batch) -> tuple[Tensor, Tensor]:
     return items, labels
 
 
-def seconds_per_step(
-    run: TrainingRun, windows: Windows, settings: TrainingSettings, rounds: int
-) -> tuple[list[float], list[float]]:
-    """(plain form, ours) of every round, on batches of windows drawn at random; ours is the mean of three steps."""
-    model = copy.deepcopy(run.model).train()
-    optimizer = plain_form.optimizer(model)
-    generator = np.random.default_rng(0)
-
-    def plain_step() -> None:
-        chosen = generator.choice(len(windows), min(settings.batch_size, len(windows)), replace=False)
-        loss = plain_form.loss(model, *padded(windows.batch(chosen)), settings.dropout, settings.label_smoothing)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-        optimizer.step()
-
+def seconds_per_step(run: TrainingRun, plain_step: Callable[[], float], rounds: int) -> tuple[list[float], list[float]]:
+    """(plain form, ours) of every round; ours is the mean of three steps."""
     plain_step(), run.advance()  # what is compiled or allocated once
     plain, ours = [], []
     for _ in range(rounds):
+        plain.append(plain_step())
         started = time.perf_counter()
-        plain_step()
-        between = time.perf_counter()
         for _ in range(3):
             run.advance()
-        plain.append(between - started)
-        ours.append((time.perf_counter() - between) / 3)
+        ours.append((time.perf_counter() - started) / 3)
     return plain, ours
+
+
+@contextmanager
+def plain_form_of(name: str, path: Path, settings: TrainingSettings) -> Iterator[Callable[[], float]]:
+    """The plain form in a process of its own: each call is a step, and gives its seconds."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(
+        target=plain_steps, args=(theirs, name, path, settings), daemon=True
+    )
+    with patch.dict(os.environ, GOMP_SPINCOUNT=_SPINS_WHERE_NOBODY_SAYS):
+        process.start()
+
+    def step() -> float:
+        ours.send(None)
+        if not ours.poll(_STEP_SECONDS):
+            raise TimeoutError(f"the plain form gave no answer within {_STEP_SECONDS} s")
+        return float(ours.recv())
+
+    try:
+        yield step
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+
+
+def plain_steps(connection: Connection, name: str, path: Path, settings: TrainingSettings) -> None:
+    """A step of the plain form for whatever is received, on windows drawn at random; sends its seconds."""
+    with limited_threads(settings.threads):
+        run = training_run(name, path, settings)
+        model, windows = run.model.train(), run.windows
+        optimizer = plain_form.optimizer(model)
+        generator = np.random.default_rng(0)
+        while True:
+            connection.recv()
+            started = time.perf_counter()
+            chosen = generator.choice(len(windows), min(settings.batch_size, len(windows)), replace=False)
+            loss = plain_form.loss(model, *padded(windows.batch(chosen)), settings.dropout, settings.label_smoothing)
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+            optimizer.step()
+            connection.send(time.perf_counter() - started)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,15 @@ import structlog
 from stream_app.settings import Settings
 
 #: Loggers that warn of what is usual, such as each heartbeat during a rebalance; at level debug they say everything.
-_CHATTY = ("aiokafka", "faust", "mode", "aiohttp", "stream_app.record_batches", "stream_app.state_table")
+_CHATTY = (
+    "aiokafka",
+    "faust",
+    "mode",
+    "aiohttp",
+    "stream_app.record_batches",
+    "stream_app.recovery",
+    "stream_app.state_table",
+)
 
 #: Seconds for which a library's message is not repeated: aiokafka alone says 75 times a second that Kafka is away.
 _QUIET_SECONDS = 10.0

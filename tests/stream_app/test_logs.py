@@ -10,7 +10,10 @@ import sys
 import pytest
 from aiokafka.protocol.admin import SaslAuthenticateRequest_v0, SaslHandShakeRequest_v1
 
-from stream_app.logs import OnceInAWhile, hide_credentials
+from stream_app.logs import _CHATTY, OnceInAWhile, hide_credentials
+from stream_app.record_batches import RecordBatchConsumer
+from stream_app.recovery import OutspokenRecovery
+from stream_app.state_table import UserStateStore
 
 LOGGING = """
 import logging, os
@@ -22,6 +25,11 @@ for number in range(3):
     logging.getLogger("aiokafka").error("no metadata")
     logging.getLogger("stream_app.worker").info("progress")
 """
+
+
+@pytest.mark.parametrize("service", [RecordBatchConsumer, OutspokenRecovery, UserStateStore])
+def test_services_of_faust_that_are_ours_are_as_quiet_as_its_own(service):
+    assert service.logger.name in _CHATTY
 
 
 def logged(**environment):
