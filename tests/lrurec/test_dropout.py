@@ -4,11 +4,10 @@ import torch
 
 from lrurec import dropout, dropout_kernels
 from lrurec.dropout import Dropout
+from lrurec.threads import limited_threads
 
-CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
-
-@pytest.mark.parametrize("dtype", CPU_DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("probability", [0.1, 0.2, 0.6])
 def test_the_asked_share_is_dropped_and_the_rest_scaled_once(probability, dtype):
     torch.manual_seed(5)
@@ -88,14 +87,11 @@ def test_the_gradient_passes_where_the_element_was_kept(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_number_of_threads_changes_nothing(dtype):
     x = torch.randn(5001, 100, generator=torch.Generator().manual_seed(1)).to(dtype)
-    threads, results = torch.get_num_threads(), []
+    results = []
     for count in (1, 2, 3):
-        try:
-            torch.set_num_threads(count)
+        with limited_threads(count):
             torch.manual_seed(3)
             results.append(Dropout(0.3)(x))
-        finally:
-            torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

@@ -17,6 +17,7 @@ from faust.types import TP
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stream_app import record_batches
 from stream_app.record_batches import RecordBatchConsumer, RecordBatchTransport
 
 SOURCE, CHANGELOG = TP("clicks", 0), TP("app-user_state-changelog", 0)
@@ -376,6 +377,20 @@ async def test_a_poll_brings_all_there_is_of_a_changelog_and_of_a_source_no_more
                 client, {TopicPartition(topic, 0)}, timeout=30, max_records=client._max_poll_records
             )
     assert [len(records) for records in polled.values()] == [most]
+
+
+async def test_a_poll_does_not_wait_out_a_rebalance(
+    bootstrap: str, create_topic: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic = await create_topic()
+    monkeypatch.setattr(record_batches, "_REBALANCE_SECONDS", 0.1)
+    with a_consumer(broker=f"kafka://{bootstrap}") as consumer:
+        consumer.flow_active = True
+        async with a_client(consumer, topic) as client:
+            monkeypatch.setattr(type(client._subscription), "reassignment_in_progress", True)
+            thread: Any = consumer._thread
+            async with asyncio.timeout(20):
+                assert await thread._fetch_records(client, {TopicPartition(topic, 0)}, timeout=0.1) == {}
 
 
 async def test_there_is_room_for_two_of_the_largest_micro_batches() -> None:
