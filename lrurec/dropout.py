@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lrurec import dropout_kernels
+from lrurec.bfloat16 import memory_of
 from lrurec.threads import in_threads
 
 _ELEMENTS_PER_THREAD = 1 << 17
@@ -49,18 +50,13 @@ class _Dropped(torch.autograd.Function):
         return _Dropped.apply(grad, *ctx.drops), None, None  # type: ignore[attr-defined]
 
 
-_KERNELS = {
-    torch.float32: (dropout_kernels.drop, torch.float32),
-    torch.bfloat16: (dropout_kernels.drop_bfloat16, torch.int16),
-}
-"""dtype → the loop, and what it takes it for."""
+_KERNELS = {torch.float32: dropout_kernels.drop, torch.bfloat16: dropout_kernels.drop_bfloat16}
 
 
 def _drop(x: Tensor, probability: float, keys: np.ndarray) -> Tensor:
-    kernel, seen_as = _KERNELS[x.dtype]
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    values, results = (tensor.detach().view(seen_as).numpy().reshape(-1) for tensor in (x, out))
+    kernel = _KERNELS[x.dtype]
+    out = torch.empty(x.shape, dtype=x.dtype)
+    values, results = (memory_of(tensor).reshape(-1) for tensor in (x, out))
     # One value of the hash at least keeps: a probability below 1 must not become 1.
     dropped = np.uint32(min(round(probability * 2**32), 2**32 - 1))
     scale = np.float32(1 / (1 - probability))

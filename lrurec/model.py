@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import cast
 
 import torch
-from jaxtyping import Complex64, Float32, Int64
+from jaxtyping import Complex64, Float, Float32, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,7 +22,7 @@ from lrurec.array_types import (
 )
 from lrurec.config import LRURecConfig
 from lrurec.dropout import Dropout
-from lrurec.recurrence import LRU
+from lrurec.recurrence import LRU, from_planes
 
 PADDING = 0
 """Row of the item that is none: the input of the cold start, and never a recommendation."""
@@ -62,8 +62,8 @@ class Block(nn.Module):
         x: Float32[Tensor, "n d"],
         position: Int64[Tensor, " n"],
         state: Complex64[Tensor, "s h"] | None = None,
-    ) -> tuple[Float32[Tensor, "n d"], Complex64[Tensor, "n h"]]:
-        """All steps of packed sequences: (output, state after every step); see `LRU.forward`."""
+    ) -> tuple[Float32[Tensor, "n d"], Float[Tensor, "n 2 h"]]:
+        """All steps of packed sequences: (output, state after every step, in planes); see `LRU.forward`."""
         y, h = self.lru(x, position, state)
         return self._join(y, x), h
 
@@ -146,7 +146,7 @@ class LRURec(nn.Module):
         encodings = x.new_zeros(batch, tokens, self.config.hidden_units)
         encodings[real] = x
         after = state.clone()
-        after[started] = torch.stack([h[last] for h in states], 1)
+        after[started] = torch.stack([from_planes(h[last]) for h in states], 1)
         return encodings, after
 
     def encode_packed(self, items: PackedItems, position: Positions) -> PackedEncodings:
@@ -186,7 +186,7 @@ class LRURec(nn.Module):
         return embedded
 
     def _run(self, items: Tensor, position: Tensor, state: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Packed encodings (n, d), and each block's states after every token (n, h)."""
+        """Packed encodings (n, d), and each block's states after every token (n, 2, h)."""
         x = self._embed(items)
         states = []
         for index, block in enumerate(self._blocks()):

@@ -9,6 +9,7 @@ from jaxtyping import Complex, Complex64, Float, Float32, Int64
 from torch import Tensor, nn
 
 from lrurec import scan_kernels
+from lrurec.bfloat16 import memory_of
 from lrurec.threads import in_threads
 
 RING = (0.8, 0.99)
@@ -61,36 +62,34 @@ class LRU(nn.Module):
         exponent = torch.complex(-self.nu_log.double().exp(), self.theta_log.double().exp())
         return torch.exp(exponent).to(torch.complex64)
 
-    def drive(self, x: Float32[Tensor, "n d"]) -> Complex64[Tensor, "n h"]:
-        """γ ∘ (B x + b): what one click adds to the state."""
-        channels, width, _ = self.input_weight.shape
+    def drive(self, x: Float32[Tensor, "n d"]) -> Float[Tensor, "n 2 h"]:
+        """γ ∘ (B x + b): what one click adds to the state, in planes; bfloat16 where torch.autocast says so."""
         gamma = self.gamma_log.exp()[:, None]
-        # One real product with (re, im) rows interleaved gives complex numbers without a copy.
-        weight = (self.input_weight.mT * gamma[..., None]).reshape(2 * channels, width)
-        pairs = nn.functional.linear(x, weight, (self.input_bias * gamma).flatten())
-        pairs = pairs.float()  # in training the product may be bfloat16
-        return torch.view_as_complex(pairs.view(len(x), channels, 2))
+        weight = (self.input_weight * gamma[..., None]).movedim(2, 0).flatten(0, 1)  # (2h, d)
+        bias = (self.input_bias * gamma).T.flatten()
+        driven: Tensor = nn.functional.linear(x, weight, bias).unflatten(1, (2, -1))
+        return driven
 
-    def read(self, h: Complex64[Tensor, "n h"]) -> Float[Tensor, "n d"]:
-        """Re(C h + c); bfloat16 where torch.autocast says so, as in training, else float32."""
-        sign = self.output_weight.new_tensor([1.0, -1.0])  # Re(C h) = Re C · Re h - Im C · Im h
-        weight = (self.output_weight * sign).flatten(1)
-        return nn.functional.linear(torch.view_as_real(h).flatten(1), weight, self.output_bias)
+    def read(self, h: Float[Tensor, "n 2 h"]) -> Float[Tensor, "n d"]:
+        """Re(C h + c) of a state in planes; bfloat16 where torch.autocast says so, as in training, else float32."""
+        re, im = self.output_weight.unbind(2)
+        weight = torch.cat([re, -im], 1)  # Re(C h) = Re C · Re h - Im C · Im h
+        return nn.functional.linear(h.flatten(1), weight, self.output_bias)
 
     def forward(
         self,
         x: Float32[Tensor, "n d"],
         position: Int64[Tensor, " n"],
         state: Complex64[Tensor, "s h"] | None = None,
-    ) -> tuple[Float[Tensor, "n d"], Complex64[Tensor, "n h"]]:
-        """All steps of several sequences laid end to end: (y, h after every step).
+    ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n 2 h"]]:
+        """All steps of several sequences laid end to end: (y, h after every step, in planes).
 
         `position` is 0 where a sequence starts. `state` is what each of the s sequences starts from; None is zeros.
         """
         eigenvalues = self.eigenvalues()
         driven = self.drive(x)
         if state is not None:
-            driven = driven.index_add(0, torch.nonzero(position == 0)[:, 0], eigenvalues * state)
+            driven = driven.index_add(0, torch.nonzero(position == 0)[:, 0], planes(eigenvalues * state))
         h = linear_scan(driven, eigenvalues, position)
         return self.read(h), h
 
@@ -98,16 +97,27 @@ class LRU(nn.Module):
         self, x: Float32[Tensor, "b d"], state: Complex64[Tensor, "b h"]
     ) -> tuple[Float[Tensor, "b d"], Complex64[Tensor, "b h"]]:
         """One step of b users: (y, the state after it). `state` is left as it was."""
-        h = self.eigenvalues() * state + self.drive(x)
-        return self.read(h), h
+        h = self.eigenvalues() * state + from_planes(self.drive(x))
+        return self.read(planes(h)), h
+
+
+def planes(values: Complex[Tensor, "*n h"]) -> Float[Tensor, "*n 2 h"]:
+    """Real parts beside imaginary parts, each of them dense: what compiled loops and products go through fastest."""
+    return torch.stack([values.real, values.imag], -2)
+
+
+def from_planes(values: Float[Tensor, "*n 2 h"]) -> Complex[Tensor, "*n h"]:
+    """The complex numbers of `planes`."""
+    return torch.complex(*values.unbind(-2))
 
 
 def linear_scan(
-    driven: Complex[Tensor, "n h"], eigenvalues: Complex[Tensor, " h"], position: Int64[Tensor, " n"]
-) -> Complex[Tensor, "n h"]:
-    """h_t = λ h_{t-1} + u_t within each packed sequence; h starts at 0 where `position` is 0.
+    driven: Float[Tensor, "n 2 h"], eigenvalues: Complex[Tensor, " h"], position: Int64[Tensor, " n"]
+) -> Float[Tensor, "n 2 h"]:
+    """h_t = λ h_{t-1} + u_t within each packed sequence; h starts at 0 where `position` is 0. u and h in planes.
 
-    One token after the other on a CPU (`scan_kernels`), by doubling elsewhere (`scan_by_doubling`).
+    One token after the other on a CPU (`scan_kernels`), by doubling elsewhere (`scan_by_doubling`). bfloat16 is rounded
+    to once a token, not from token to token: h is carried on as precisely as λ is given. It needs a CPU.
     """
     result: Tensor = _LinearScan.apply(driven, eigenvalues, position)
     return result
@@ -127,8 +137,8 @@ class _LinearScan(torch.autograd.Function):
     ) -> Tensor:
         if driven.device.type == "cpu":
             h = torch.empty(driven.shape, dtype=driven.dtype)
-            tokens, channels = (_pairs(driven), position.numpy(), _pairs(h)), _pairs(eigenvalues)
-            parts = _parts(position)
+            tokens = memory_of(driven), position.numpy(), memory_of(h)
+            channels, parts = memory_of(planes(eigenvalues)), _parts(position)
 
             def scan(part: int) -> None:
                 u, places, out = (values[parts[part]] for values in tokens)
@@ -136,7 +146,7 @@ class _LinearScan(torch.autograd.Function):
 
             in_threads(scan, len(parts))
         else:
-            h = scan_by_doubling(driven, eigenvalues, position)
+            h = planes(scan_by_doubling(from_planes(driven), eigenvalues, position))
         ctx.save_for_backward(h, eigenvalues, position)
         return h
 
@@ -145,17 +155,18 @@ class _LinearScan(torch.autograd.Function):
         h, eigenvalues, position = ctx.saved_tensors  # type: ignore[attr-defined]
         if grad.device.type == "cpu":
             g = torch.empty(h.shape, dtype=h.dtype)
-            tokens, channels = (_pairs(grad), _pairs(h), position.numpy(), _pairs(g)), _pairs(eigenvalues)
-            parts = _parts(position)
-            summed = torch.empty(len(parts), len(eigenvalues), dtype=torch.complex128)
+            tokens = memory_of(grad), memory_of(h), position.numpy(), memory_of(g)
+            channels, parts = memory_of(planes(eigenvalues)), _parts(position)
+            summed = torch.empty(len(parts), *channels.shape, dtype=torch.float64)
 
             def scan_gradient(part: int) -> None:
                 upstream, states, places, out = (values[parts[part]] for values in tokens)
-                scan_kernels.scan_gradient(upstream, states, channels, places, out, _pairs(summed[part]))
+                scan_kernels.scan_gradient(upstream, states, channels, places, out, summed[part].numpy())
 
             in_threads(scan_gradient, len(parts))
-            return g, summed.sum(0).to(eigenvalues.dtype), None
-        return (*gradient_by_doubling(grad, h, eigenvalues, position), None)
+            return g, from_planes(summed.sum(0)).to(eigenvalues.dtype), None
+        by_driven, by_eigenvalues = gradient_by_doubling(from_planes(grad), from_planes(h), eigenvalues, position)
+        return planes(by_driven), by_eigenvalues, None
 
 
 def _parts(position: Int64[Tensor, " n"]) -> list[slice]:
@@ -166,12 +177,6 @@ def _parts(position: Int64[Tensor, " n"]) -> list[slice]:
     wanted = np.searchsorted(starts, [tokens * part // count for part in range(1, count)])
     cuts = sorted({0, tokens, *starts[wanted[wanted < len(starts)]].tolist()})
     return [slice(first, last) for first, last in pairwise(cuts)] or [slice(0, 0)]
-
-
-def _pairs(values: Complex[Tensor, "*shape"]) -> Float[np.ndarray, "*shape 2"]:
-    """The same memory as pairs (re, im), where it may be."""
-    pairs: Float[np.ndarray, "*shape 2"] = torch.view_as_real(values.detach().resolve_conj()).contiguous().numpy()
-    return pairs
 
 
 def scan_by_doubling(driven: Tensor, eigenvalues: Tensor, position: Tensor) -> Tensor:

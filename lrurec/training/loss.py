@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
+from lrurec.bfloat16 import memory_of
 from lrurec.threads import in_threads, one_thread
 from lrurec.training import loss_kernels
 from lrurec.training.precision import dtype_of
@@ -236,7 +237,7 @@ class _CompiledScores(_Scores):
             torch.mm(factor, self._factors[part].T, out=values[part])
             (rows,) = torch.where((tile.labels >= items.start) & (tile.labels < items.stop))
             values[part][rows, tile.labels[rows] - items.start] = -torch.inf
-            _exponentiate(values[part], self._biases[part], tile.own.numpy(), sums[part])
+            loss_kernels.exponentiate(memory_of(values[part]), self._biases[part], tile.own.numpy(), sums[part])
             products[part] = values[part] @ self._factors[part]
 
         self._share_out(fill)
@@ -271,13 +272,6 @@ class _CompiledScores(_Scores):
 
 def _share_of(vector: Tensor, share: float) -> Tensor:
     return vector * share if share else torch.zeros_like(vector)  # what is not finite has no share in a gradient either
-
-
-def _exponentiate(scores: Tensor, bias: np.ndarray, shift: np.ndarray, sums: np.ndarray) -> None:
-    if scores.dtype == torch.bfloat16:
-        loss_kernels.exponentiate_bfloat16(scores.view(torch.int16).numpy(), bias, shift, sums)
-    else:
-        loss_kernels.exponentiate(scores.numpy(), bias, shift, sums)
 
 
 def _scores_of(weight: Tensor, bias: Tensor, precision: Precision, threads: int) -> _Scores:

@@ -6,7 +6,7 @@ Axes: r rows (labels) of a tile, v rows of the item table.
 import numpy as np
 from numba import njit
 
-from lrurec.bfloat16 import from_bits, to_bits
+from lrurec.bfloat16 import narrowed, widened
 
 _int32, _float32 = np.int32, np.float32
 
@@ -38,30 +38,17 @@ def exponentiate(scores, bias, shift, sums):
     """s_iv ← exp(s_iv + bias_v - shift_i), in place, and its sum over the items.
 
     Args:
-        scores: (r, v) float32, in and out.
+        scores: (r, v) float32, or the bits of bfloat16 as int16; in and out.
         bias: (v,) float32.
         shift: (r,) float32, what is taken from a row's scores.
-        sums: (r,) float32, out.
+        sums: (r,) float32, out: of the unrounded values.
 
     """
     for i in range(scores.shape[0]):
         row = scores[i]  # a slice that starts at 0: an index that might be negative keeps a loop from being vectorised
         total = _float32(0)
         for v in range(row.shape[0]):
-            value = _exp(row[v] + bias[v] - shift[i])
-            row[v] = value
-            total += value
-        sums[i] = total
-
-
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def exponentiate_bfloat16(scores, bias, shift, sums):
-    """As `exponentiate`; scores are the bits of bfloat16 as int16. The sums are float32, of the unrounded values."""
-    for i in range(scores.shape[0]):
-        row = scores[i]
-        total = _float32(0)
-        for v in range(row.shape[0]):
-            value = _exp(from_bits(row[v]) + bias[v] - shift[i])
-            row[v] = to_bits(value)
+            value = _exp(widened(row[v]) + bias[v] - shift[i])
+            row[v] = narrowed(value, row)
             total += value
         sums[i] = total
