@@ -7,6 +7,7 @@ would who measured it once. It keeps no fence and no order between output and ch
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from lrurec.bundle import load_bundle
 from lrurec.model import LRURec
+from lrurec.recurrence import from_planes, planes
 
 torch.set_num_threads(1)
 
@@ -36,25 +38,29 @@ class FoldedStep:
         self._embedded = model.layer_norm(model.item_embedding.weight)
         self._blocks: list[Any] = list(model.blocks)
         self._decay = [block.lru.eigenvalues() for block in self._blocks]
-        self._drive = [self._linear_of(block.lru.drive, model.config.hidden_units) for block in self._blocks]
-        self._shape = (len(self._blocks), model.config.state_channels)
-
-    @staticmethod
-    def _linear_of(drive: Any, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        bias = torch.view_as_real(drive(torch.zeros(1, width))).flatten()
-        columns = torch.view_as_real(drive(torch.eye(width))).flatten(1) - bias
-        return columns.T.contiguous(), bias
+        width, channels = model.config.hidden_units, model.config.state_channels
+        self._drive = [_linear_of(lambda x, lru=block.lru: lru.drive(x).flatten(1), width) for block in self._blocks]
+        self._read = [
+            _linear_of(lambda h, lru=block.lru: lru.read(h.unflatten(1, (2, -1))), 2 * channels)
+            for block in self._blocks
+        ]
+        self._shape = (len(self._blocks), channels)
 
     def __call__(self, item: int, stored: bytes | None) -> tuple[torch.Tensor, bytes]:
         hidden = np.zeros(self._shape, np.complex64) if stored is None else np.frombuffer(stored, np.complex64)
         state = torch.from_numpy(hidden.reshape(self._shape).copy())
         x = self._embedded[item][None]
         for index, block in enumerate(self._blocks):
-            weight, bias = self._drive[index]
-            driven = torch.nn.functional.linear(x, weight, bias).view(-1, 2)
-            state[index] = self._decay[index] * state[index] + torch.view_as_complex(driven)
-            x = block._join(block.lru.read(state[index][None]), x)
+            driven = torch.nn.functional.linear(x, *self._drive[index])
+            state[index] = self._decay[index] * state[index] + from_planes(driven.view(2, -1))
+            x = block._join(torch.nn.functional.linear(planes(state[index]).view(1, -1), *self._read[index]), x)
         return self._model.scores(x)[0], state.numpy().tobytes()
+
+
+def _linear_of(function: Callable[[torch.Tensor], torch.Tensor], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of an affine function of rows of this width."""
+    bias = function(torch.zeros(1, width))[0]
+    return (function(torch.eye(width)) - bias).T.contiguous(), bias
 
 
 def build(name: str, broker: str, bundle_folder: Path, partitions: int, datadir: Path) -> faust.App:
