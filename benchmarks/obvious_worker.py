@@ -19,8 +19,6 @@ from lrurec.bundle import load_bundle
 from lrurec.model import LRURec
 from lrurec.recurrence import from_planes, planes
 
-torch.set_num_threads(1)
-
 
 class Click(faust.Record):
     """A click event."""
@@ -65,6 +63,7 @@ def _linear_of(function: Callable[[torch.Tensor], torch.Tensor], width: int) -> 
 
 def build(name: str, broker: str, bundle_folder: Path, partitions: int, datadir: Path) -> faust.App:
     """The app; `faust worker` runs it."""
+    torch.set_num_threads(1)
     bundle = load_bundle(bundle_folder)
     step = FoldedStep(bundle.model)
     ids = ["", *bundle.catalogue.item_ids]
