@@ -1,11 +1,13 @@
-"""How fast a backlog is worked off, against the program that anybody would write first.
+"""How fast a backlog is worked off, beside the program that anybody would write first, Quix Streams, and the limit.
 
     python -m benchmarks.backlog                     400,000 clicks of 50,000 users, 3,416 items, three rounds
     python -m benchmarks.backlog --clicks 100000 --rounds 1
 
-All are whole processes on the same real broker and the same clicks; they take turns. Counted is what a consumer could
+All are whole processes on the same real broker and the same clicks; they take turns: the worker with each of its
+guarantees, the two peers with the same model and a state (`obvious_worker`, `quix_worker`), and what Kafka and its
+client allow where nothing is computed or kept (`raw_limit`). Counted is what a consumer could
 read: the growth of the recommendations topic, from its first sign of life to the end of the backlog or of the time.
-The worker runs with each of its guarantees; the ends of transactions, which take offsets, are not counted.
+The ends of transactions, which take offsets, are not counted.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +43,14 @@ from stream_app.dev.kafka.broker import LocalBroker
 PARTITIONS = 8
 SCRIPTS = Path(sys.executable).parent
 
-#: Each program may take this long for a round; the obvious one gets nowhere near the end.
+PEERS = {
+    "obvious": ["benchmarks.obvious_worker", "worker"],
+    "quix": ["benchmarks.quix_worker"],
+    "limit": ["benchmarks.raw_limit"],
+}
+"""Programs that take turns with ours, by what they are called in the table."""
+
+#: Each program may take this long for a round; the peers get nowhere near the end.
 ROUND_SECONDS = 40.0
 
 
@@ -62,34 +71,36 @@ def measure(folder: Path, clicks: int, users: int, items: int, rounds: int) -> d
     """Clicks a second of each program, one figure a round."""
     bundle = folder / "bundle"
     write_bundle(bundle, items)
-    rates: dict[str, list[float]] = {"stream-app": [], "exactly once": [], "obvious": []}
+    guarantees = {"stream-app": "at_least_once", "exactly once": "exactly_once"}
+    rates: dict[str, list[float]] = {name: [] for name in (*guarantees, *PEERS)}
     with LocalBroker(folder / "kafka", port=0, heap_mb=1024) as broker:
         asyncio.run(produce_backlog(broker.bootstrap, clicks, users, items))
         for number in range(rounds):
-            rates["obvious"].append(run_obvious(broker.bootstrap, bundle, folder, number, clicks))
-            for name, guarantee in (("stream-app", "at_least_once"), ("exactly once", "exactly_once")):
+            for name, guarantee in guarantees.items():
                 place = folder / f"{guarantee}-{number}"
                 rates[name].append(run_ours(broker.bootstrap, bundle, place, clicks, guarantee))
+            for name in PEERS:
+                rates[name].append(run_peer(name, broker.bootstrap, bundle, folder, number, clicks))
             print(f"round {number + 1}: " + ", ".join(f"{name} {each[-1]:,.0f}/s" for name, each in rates.items()))
     return rates
 
 
 def report(rates: Mapping[str, list[float]], options: Mapping[str, int]) -> None:
     """Medians, spread, ratio; machine and versions."""
-    ratios = ratios_of(rates["stream-app"], rates["obvious"])
-    once = ratios_of(rates["exactly once"], rates["stream-app"])
-    versions = {name: version(name) for name in ("faust-streaming", "aiokafka", "rocksdict", "torch", "numba")}
+    ratios = {
+        f"{one} / {other}": [own / theirs for own, theirs in zip(rates[one], rates[other], strict=True)]
+        for one, other in (
+            ("stream-app", "obvious"), ("stream-app", "quix"), ("stream-app", "limit"), ("exactly once", "stream-app"),
+        )
+    }  # fmt: skip
+    versions = {
+        name: version(name) for name in ("faust-streaming", "aiokafka", "quixstreams", "rocksdict", "torch", "numba")
+    }
     print(f"\n{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}")
     print(f"{options}")
-    for name, each in {**rates, "stream-app / obvious": ratios, "exactly once / stream-app": once}.items():
+    for name, each in {**rates, **ratios}.items():
         print(f"{name:>26}: median {statistics.median(each):>10,.2f}   min {min(each):,.2f}   max {max(each):,.2f}")
-    medians = {"ratio": statistics.median(ratios), "exactly_once": statistics.median(once)}
-    print(json.dumps({"benchmark": "backlog", **options, "clicks_per_second": rates, **medians}))
-
-
-def ratios_of(ones: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Round by round."""
-    return [one / other for one, other in zip(ones, others, strict=True)]
+    print(json.dumps({"benchmark": "backlog", **options, "clicks_per_second": rates}))
 
 
 def write_bundle(folder: Path, items: int) -> None:
@@ -167,10 +178,13 @@ def prove(environment: Mapping[str, str]) -> None:
     print(f"verified in {time.monotonic() - began:.0f} s: {done.stdout.splitlines()[0]}")
 
 
-def run_obvious(bootstrap: str, bundle: Path, folder: Path, number: int, clicks: int) -> float:
-    """`benchmarks.obvious_worker`."""
-    name = f"obvious-{number}"
-    asyncio.run(create_topics(bootstrap, {f"{name}-recommendations": "compact", f"{name}-states-changelog": "compact"}))
+def run_peer(peer: str, bootstrap: str, bundle: Path, folder: Path, number: int, clicks: int) -> float:
+    """One of `PEERS`."""
+    name = f"{peer}-{number}"
+    topics = {f"{name}-recommendations": "compact"}
+    if peer == "obvious":
+        topics[f"{name}-states-changelog"] = "compact"
+    asyncio.run(create_topics(bootstrap, topics))
     settings = {
         "NAME": name,
         "BROKER": bootstrap,
@@ -178,9 +192,8 @@ def run_obvious(bootstrap: str, bundle: Path, folder: Path, number: int, clicks:
         "PARTITIONS": str(PARTITIONS),
         "DATADIR": str(folder / name),
     }
-    environment = os.environ | {f"OBVIOUS_{key}": text for key, text in settings.items()}
-    command = [sys.executable, "-m", "benchmarks.obvious_worker", "worker"]
-    with running(command, environment, folder / f"{name}.log"):
+    environment = os.environ | {f"PEER_{key}": text for key, text in settings.items()}
+    with running([sys.executable, "-m", *PEERS[peer]], environment, folder / f"{name}.log"):
         return asyncio.run(rate_of(bootstrap, f"{name}-recommendations", clicks))
 
 

@@ -7,7 +7,7 @@ would who measured it once. It keeps no fence and no order between output and ch
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,13 @@ class FoldedStep:
         return self._model.scores(x)[0], state.numpy().tobytes()
 
 
+def ten_best(scores: torch.Tensor, clicked: int, ids: Sequence[str]) -> list[dict[str, Any]]:
+    """The best items but the one just clicked, as a recommendation names them."""
+    scores[0] = scores[clicked] = -torch.inf
+    best, top = scores.topk(10)
+    return [{"item_id": ids[row], "score": score} for row, score in zip(top.tolist(), best.tolist(), strict=True)]
+
+
 def _linear_of(function: Callable[[torch.Tensor], torch.Tensor], width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of an affine function of rows of this width."""
     bias = function(torch.zeros(1, width))[0]
@@ -90,12 +97,7 @@ def build(name: str, broker: str, bundle_folder: Path, partitions: int, datadir:
             async for key, click in stream.items():
                 item = rows[click.item_id]
                 scores, states[key] = step(item, states.get(key))
-                scores[0] = scores[item] = -torch.inf
-                best, top = scores.topk(10)
-                items = [
-                    {"item_id": ids[row], "score": score}
-                    for row, score in zip(top.tolist(), best.tolist(), strict=True)
-                ]
+                items = ten_best(scores, item, ids)
                 await recommendations.send(key=key, value={"user_id": click.user_id, "items": items})
 
     return app
@@ -104,10 +106,10 @@ def build(name: str, broker: str, bundle_folder: Path, partitions: int, datadir:
 if __name__ == "__main__":
     environment = os.environ
     application = build(
-        environment["OBVIOUS_NAME"],
-        environment["OBVIOUS_BROKER"],
-        Path(environment["OBVIOUS_BUNDLE"]),
-        int(environment["OBVIOUS_PARTITIONS"]),
-        Path(environment["OBVIOUS_DATADIR"]),
+        environment["PEER_NAME"],
+        environment["PEER_BROKER"],
+        Path(environment["PEER_BUNDLE"]),
+        int(environment["PEER_PARTITIONS"]),
+        Path(environment["PEER_DATADIR"]),
     )
     faust.Worker(application, loglevel="WARNING", redirect_stdouts=False).execute_from_commandline()
