@@ -5,9 +5,10 @@
 
 All are whole processes on the same real broker and the same clicks; they take turns: the worker with each of its
 guarantees, the two peers with the same model and a state (`obvious_worker`, `quix_worker`), and what Kafka and its
-client allow where nothing is computed or kept (`raw_limit`). Counted is what a consumer could
-read: the growth of the recommendations topic, from its first sign of life to the end of the backlog or of the time.
-The ends of transactions, which take offsets, are not counted.
+client allow where as many bytes are read and written, and nothing is computed or kept (`raw_limit`).
+
+Counted is what a consumer could read: the growth of the recommendations topic, from its first sign of life to the end
+of the backlog or of the time. The ends of transactions, which take offsets, are not counted.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ PEERS = {
     "limit": ["benchmarks.raw_limit"],
 }
 """Programs that take turns with ours, by what they are called in the table."""
+
+OWN_CHANGELOG = {"obvious": "states-changelog", "limit": "states"}
+"""Which of them want it created, and how it is called."""
 
 #: Each program may take this long for a round; the peers get nowhere near the end.
 ROUND_SECONDS = 40.0
@@ -182,8 +186,8 @@ def run_peer(peer: str, bootstrap: str, bundle: Path, folder: Path, number: int,
     """One of `PEERS`."""
     name = f"{peer}-{number}"
     topics = {f"{name}-recommendations": "compact"}
-    if peer == "obvious":
-        topics[f"{name}-states-changelog"] = "compact"
+    if peer in OWN_CHANGELOG:
+        topics[f"{name}-{OWN_CHANGELOG[peer]}"] = "compact"
     asyncio.run(create_topics(bootstrap, topics))
     settings = {
         "NAME": name,

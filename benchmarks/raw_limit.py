@@ -1,8 +1,9 @@
-"""What Kafka and its client allow: the clicks are read and as many recommendations written, by nobody's computation.
+"""What Kafka and its client allow: the worker's bytes are read and written, and nothing is computed or kept.
 
-No model, no state, no changelog, no commit: each record of a fetch becomes one with the same key and the bytes of a
-recommendation that was made once. aiokafka's own consumer and record batches, in as few calls as it has; what is
-written waits for its acknowledgement while the next fetch is under way.
+Each click of a fetch becomes a recommendation with the same key, and each user in it a record of a changelog, both with
+bytes of the worker's sizes that were made once. No model, no state, no order between the two topics, no commit. Where
+the worker's record batches and the client's own calls allow several records at once, so they do here; what is written
+waits for its acknowledgement while the next fetch is under way.
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
+from collections.abc import Iterable
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
+from lrurec.user_state import StateLayout
 from stream_app.messages import RecommendationEncoder, Source
 
 _FETCHED = 4_096
 _FETCHES_IN_FLIGHT = 4
+
+#: Of the paper's architecture, which `backlog` gives to all programs.
+_STATE = StateLayout("9aad0b43e639d264", 2, 128)
 
 
 async def run(name: str, broker: str) -> None:
@@ -24,7 +30,8 @@ async def run(name: str, broker: str) -> None:
     encoder = RecommendationEncoder(["", *(f"item-{row}" for row in range(1, 11))], "9aad0b43e639d264")
     scores = [4.20311 - 0.1 * place for place in range(10)]
     source = Source("clicks", 3, 123_456, 1_700_000_000_000, None)
-    value = encoder.encode("user-12345", list(range(1, 11)), scores, 12, source, 1_700_000_000_000)
+    ranking = encoder.encode("user-12345", list(range(1, 11)), scores, 12, source, 1_700_000_000_000)
+    state = bytes(_STATE.dtype.itemsize)
     consumer = AIOKafkaConsumer("clicks", bootstrap_servers=broker, group_id=name, auto_offset_reset="earliest")
     producer = AIOKafkaProducer(bootstrap_servers=broker, acks="all", enable_idempotence=True, max_batch_size=1_000_000)
     await consumer.start()
@@ -32,15 +39,14 @@ async def run(name: str, broker: str) -> None:
     in_flight: deque[list[asyncio.Future[object]]] = deque()
     try:
         while True:
-            sent = []
+            sent: list[asyncio.Future[object]] = []
             for partition, records in (await consumer.getmany(timeout_ms=1_000, max_records=_FETCHED)).items():
-                batch = producer.create_batch()
-                for record in records:
-                    if batch.append(key=record.key, value=value, timestamp=None) is None:
-                        sent.append(await _send(producer, batch, name, partition.partition))
-                        batch = producer.create_batch()
-                        batch.append(key=record.key, value=value, timestamp=None)
-                sent.append(await _send(producer, batch, name, partition.partition))
+                keys = [record.key for record in records]
+                for topic, of_topic, value in (
+                    ("recommendations", keys, ranking),
+                    ("states", dict.fromkeys(keys), state),
+                ):
+                    sent += await _send(producer, f"{name}-{topic}", partition.partition, of_topic, value)
             in_flight.append(sent)
             if len(in_flight) > _FETCHES_IN_FLIGHT:
                 await asyncio.gather(*in_flight.popleft())
@@ -49,9 +55,16 @@ async def run(name: str, broker: str) -> None:
         await producer.stop()
 
 
-async def _send(producer: AIOKafkaProducer, batch: object, name: str, partition: int) -> asyncio.Future[object]:
-    sent: asyncio.Future[object] = await producer.send_batch(batch, f"{name}-recommendations", partition=partition)
-    return sent
+async def _send(
+    producer: AIOKafkaProducer, topic: str, partition: int, keys: Iterable[bytes], value: bytes
+) -> list[asyncio.Future[object]]:
+    """A record for every key, in as few batches as hold them."""
+    batches = [producer.create_batch()]
+    for key in keys:
+        if batches[-1].append(key=key, value=value, timestamp=None) is None:
+            batches.append(producer.create_batch())
+            batches[-1].append(key=key, value=value, timestamp=None)
+    return [await producer.send_batch(batch, topic, partition=partition) for batch in batches]
 
 
 if __name__ == "__main__":
