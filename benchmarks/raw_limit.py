@@ -13,10 +13,11 @@ import os
 from collections import deque
 from collections.abc import Iterable
 
+import numpy as np
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
 from lrurec.user_state import StateLayout
-from stream_app.messages import RecommendationEncoder, Source
+from stream_app.recommendations import Lists, RecommendationEncoder
 
 _FETCHED = 4_096
 _FETCHES_IN_FLIGHT = 4
@@ -28,9 +29,9 @@ _STATE = StateLayout("9aad0b43e639d264", 2, 128)
 async def run(name: str, broker: str) -> None:
     """Copy until cancelled."""
     encoder = RecommendationEncoder(["", *(f"item-{row}" for row in range(1, 11))], "9aad0b43e639d264")
-    scores = [4.20311 - 0.1 * place for place in range(10)]
-    source = Source("clicks", 3, 123_456, 1_700_000_000_000, None)
-    ranking = encoder.encode("user-12345", list(range(1, 11)), scores, 12, source, 1_700_000_000_000)
+    items, scores = np.arange(1, 11, dtype=np.int32), np.linspace(4.20311, 3.30307, 10, dtype=np.float32)
+    numbers = (np.array([number]) for number in (12, 123_456, 1_700_000_000_000))
+    [ranking] = encoder.encode(Lists([b"user-12345"], items[None], scores[None], *numbers, [None]), "clicks", 3, 0)
     state = bytes(_STATE.dtype.itemsize)
     consumer = AIOKafkaConsumer("clicks", bootstrap_servers=broker, group_id=name, auto_offset_reset="earliest")
     producer = AIOKafkaProducer(bootstrap_servers=broker, acks="all", enable_idempotence=True, max_batch_size=1_000_000)

@@ -19,11 +19,12 @@ from stream_app.committed import commit_note
 from stream_app.delivery import AtLeastOnce, Delivery, Topics
 from stream_app.errors import SettingsError
 from stream_app.health import HealthServer
-from stream_app.messages import ClickLimits, RecommendationEncoder
+from stream_app.messages import ClickLimits
 from stream_app.metrics import Metrics
 from stream_app.micro_batch import MicroBatcher
 from stream_app.pipeline import Pipeline
 from stream_app.publisher import Publisher
+from stream_app.recommendations import RecommendationEncoder
 from stream_app.record_batches import RecordBatchConsumer, RecordBatchSchema, RecordBatchTransport
 from stream_app.settings import Settings
 from stream_app.state_table import StoreOptions, UserStateTable, user_state_table

@@ -1,4 +1,4 @@
-"""Bytes of the topics ↔ columns: clicks in, recommendations and dead letters out; the contract is in `schemas/`."""
+"""Records of the clicks topic → columns of clicks, and dead letters of what is none; the contract is in `schemas/`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import orjson
-from jaxtyping import Float32, Int32
 
 Header = tuple[str, bytes]
 
 #: How many headers, the last ones of a dead letter, are ours.
 REASON_HEADERS = 6
-
-# Upper bounds: of an item in a list without its id, and of all the other fields of a recommendation with their numbers.
-_ITEM_BYTES = 64
-_REST_BYTES = 1_024
 
 
 class Record(Protocol):
@@ -167,70 +161,3 @@ def _dead_letter(record: Record, reason: str) -> DeadLetter:
     ]
     headers.append(("disposition", b"not-a-click"))
     return DeadLetter(record.key, record.value, [*record.headers, *headers])
-
-
-class Source(NamedTuple):
-    """The click that a recommendation answers; topic, partition and offset identify the recommendation."""
-
-    topic: str
-    partition: int
-    offset: int
-    timestamp_ms: int
-    event_id: str | None
-
-
-@dataclass(frozen=True)
-class RecommendationEncoder:
-    """Rankings → the bytes of recommendations.
-
-    Args:
-        item_ids: the id of each item row; position 0 is not used.
-        model_version: version of the bundle.
-
-    """
-
-    item_ids: Sequence[str]
-    model_version: str
-
-    def most_bytes(self, top_k: int, topic: str) -> int:
-        """An upper bound for a recommendation of `top_k` items to a click of `topic`, without user_id and event_id."""
-        longest = sorted((len(orjson.dumps(item_id)) for item_id in self.item_ids), reverse=True)[:top_k]
-        return sum(longest) + _ITEM_BYTES * top_k + len(topic) + _REST_BYTES
-
-    def encode(
-        self,
-        user_id: str,
-        items: list[int],
-        scores: list[float],
-        clicks: int,
-        source: Source,
-        generated_at_ms: int,
-    ) -> bytes:
-        """One recommendation; item row 0 ends the list early."""
-        ids = self.item_ids
-        origin: dict[str, object] = {"topic": source.topic, "partition": source.partition, "offset": source.offset}
-        if source.event_id is not None:
-            origin["event_id"] = source.event_id
-        origin["timestamp_ms"] = source.timestamp_ms
-        return orjson.dumps(
-            {
-                "user_id": user_id,
-                "items": [
-                    {"item_id": ids[row], "score": score} for row, score in zip(items, scores, strict=True) if row
-                ],
-                "model_version": self.model_version,
-                "clicks": clicks,
-                "source": origin,
-                "generated_at_ms": generated_at_ms,
-            }
-        )
-
-
-def printed_scores(scores: Float32[np.ndarray, "m k"]) -> list[list[float]]:
-    """Scores with five decimals, the precision that a float16 state leaves; they print short."""
-    return np.round(scores.astype(np.float64), 5).tolist()  # type: ignore[no-any-return]
-
-
-def printed_rows(items: Int32[np.ndarray, "m k"]) -> list[list[int]]:
-    """Item rows as Python integers, list by list."""
-    return items.tolist()  # type: ignore[no-any-return]

@@ -11,18 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lrurec.serving import Clicks, Engine
+from lrurec.serving import Clicks, Engine, Ranking
 from stream_app.messages import (
     ClickColumns,
     ClickLimits,
     DeadLetter,
-    RecommendationEncoder,
     Record,
-    Source,
     decode_clicks,
-    printed_rows,
-    printed_scores,
 )
+from stream_app.recommendations import Lists, RecommendationEncoder
 
 #: (partition, keys) → the packed state of each, None for a user without one.
 LoadStates = Callable[[int, Sequence[bytes]], list[bytes | None]]
@@ -110,15 +107,29 @@ class MicroBatcher:
         outbox.applied = len(fresh)
         outbox.skipped = len(user) - len(fresh)
         _pack_states(after, users, np.unique(clicks.user), outbox)
-        sources = [source for part in parts for source in part.sources()]
-        lists = zip(
-            fresh[ranked].tolist(), printed_rows(ranking.items), printed_scores(ranking.scores),
-            ranking.clicks.tolist(), strict=True,
-        )  # fmt: skip
-        for click, items, scores, count in lists:
-            partition, key = users[user[click]]
-            value = self.encoder.encode(key.decode(), items, scores, count, sources[click], now_ms)
-            outbox.recommendations.setdefault(partition, []).append(KeyValue(key, value))
+        self._encode(parts, fresh[ranked], ranking, outbox, now_ms)
+
+    def _encode(self, parts: list[_Part], ranked: np.ndarray, ranking: Ranking, outbox: Outbox, now_ms: int) -> None:
+        """The recommendations of these clicks, numbered through all parts."""
+        first = 0
+        for part in parts:
+            clicks, end = part.clicks, first + len(part.clicks.user)
+            rows = slice(*np.searchsorted(ranked, (first, end)))
+            chosen = (ranked[rows] - first).tolist()
+            users = [clicks.user[click] for click in chosen]
+            lists = Lists(
+                users,
+                ranking.items[rows],
+                ranking.scores[rows],
+                ranking.clicks[rows],
+                np.array([clicks.offset[click] for click in chosen], np.int64),
+                np.array([clicks.timestamp_ms[click] for click in chosen], np.int64),
+                [clicks.event_id[click] for click in chosen],
+            )
+            if users:
+                values = self.encoder.encode(lists, part.topic, part.partition, now_ms)
+                outbox.recommendations.setdefault(part.partition, []).extend(map(KeyValue, users, values))
+            first = end
 
 
 @dataclass(slots=True)
@@ -129,10 +140,6 @@ class _Part:
     partition: int
     clicks: ClickColumns
     users: list[int] = field(default_factory=list)
-
-    def sources(self) -> list[Source]:
-        columns = zip(self.clicks.offset, self.clicks.timestamp_ms, self.clicks.event_id, strict=True)
-        return [Source(self.topic, self.partition, offset, time, event_id) for offset, time, event_id in columns]
 
 
 def _load_by_partition(users: Mapping[tuple[int, bytes], int], load: LoadStates) -> list[bytes | None]:

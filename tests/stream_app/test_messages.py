@@ -1,11 +1,10 @@
-"""Every record is a click or a dead letter, as the schemas say; what is published keeps to them too."""
+"""Every record is a click or a dead letter, as the schemas say."""
 
 from __future__ import annotations
 
 import json
 import math
 
-import numpy as np
 import pytest
 from aiokafka.structs import ConsumerRecord
 from hypothesis import example, given, settings
@@ -18,15 +17,10 @@ from stream_app.messages import (
     REASON_HEADERS,
     ClickLimits,
     DeadLetter,
-    RecommendationEncoder,
-    Source,
     decode_clicks,
-    printed_rows,
-    printed_scores,
 )
 
 CLICK = schemas.load("click.schema.json")
-RECOMMENDATION = Draft202012Validator(schemas.load("recommendation.schema.json"))
 LETTER_HEADERS = Draft202012Validator(schemas.load("dead-letter-headers.schema.json"))
 ROWS = {"A": 1, "B": 2, "Ä": 3}
 MAX_BYTES = 300
@@ -299,89 +293,3 @@ def test_dead_letters_keep_the_order_of_the_log():
 
 def text_of(letter: DeadLetter) -> dict[str, str]:
     return {name: value.decode() for name, value in letter.headers}
-
-
-# -- recommendations
-
-ENCODER = RecommendationEncoder(["", "A", "B", "Ä"], "5f0c1d9e2ab34c77")
-users = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
-sources = st.builds(
-    Source,
-    topic=st.just("clicks"),
-    partition=st.integers(0, 2**31 - 1),
-    offset=st.integers(0, 2**63 - 1),
-    timestamp_ms=st.integers(-(2**63), 2**63 - 1),
-    event_id=st.none() | st.text(st.characters(exclude_categories=["Cs"])),
-)
-
-
-@given(
-    users,
-    st.permutations([1, 2, 3]),
-    st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3),
-    st.integers(1, 2**63 - 1),
-    sources,
-    st.integers(0, 2**50),
-)
-def test_a_recommendation_keeps_to_its_schema_and_says_what_was_given(user, rows, scores, clicks, source, now_ms):
-    [rounded] = printed_scores(np.array([scores], np.float32))
-    document = json.loads(ENCODER.encode(user, rows, rounded, clicks, source, now_ms))
-    RECOMMENDATION.validate(document)
-    assert document["user_id"] == user
-    assert [item["item_id"] for item in document["items"]] == [["", "A", "B", "Ä"][row] for row in rows]
-    assert [item["score"] for item in document["items"]] == rounded
-    assert (document["clicks"], document["generated_at_ms"]) == (clicks, now_ms)
-    assert document["model_version"] == "5f0c1d9e2ab34c77"
-    given_source = source._asdict()
-    if source.event_id is None:
-        del given_source["event_id"]
-    assert document["source"] == given_source
-
-
-wide = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
-
-
-@given(st.lists(wide, min_size=1, max_size=6, unique=True), wide, st.none() | wide, sources, st.data())
-def test_a_recommendation_is_never_larger_than_its_click_and_list_were_taken_for(items, user, event_id, source, data):
-    encoder = RecommendationEncoder(["", *items], "5f0c1d9e2ab34c77")
-    fields = {"user_id": user, "item_id": "A"} | ({} if event_id is None else {"event_id": event_id})
-    columns = decode(record(user.encode(), click(**fields)), max_bytes=10_000, max_id_bytes=150)
-    if not columns.user:  # too large by the limit
-        return
-    rows = data.draw(st.lists(st.sampled_from(range(1, len(items) + 1)), unique=True))
-    scores = data.draw(st.lists(st.floats(width=32), min_size=len(rows), max_size=len(rows)))
-    value = encoder.encode(user, rows, scores, 2**63 - 1, source._replace(event_id=event_id), 2**63 - 1)
-    assert len(columns.user[0]) + len(value) <= encoder.most_bytes(len(rows), source.topic) + 150
-
-
-def test_a_recommendation_holds_no_field_that_its_schema_does_not_know():
-    source = Source("clicks", 0, 1, 2, "e")
-    document = json.loads(ENCODER.encode("u", [1], [0.5], 1, source, 9))
-    assert list(document) == list(RECOMMENDATION.schema["properties"])
-    assert list(document["source"]) == list(RECOMMENDATION.schema["properties"]["source"]["properties"])
-    assert list(document["items"][0]) == list(RECOMMENDATION.schema["properties"]["items"]["items"]["properties"])
-
-
-def test_a_list_ends_where_the_catalogue_has_no_more():
-    scores = np.array([[2.5, -np.inf, -np.inf]], np.float32)
-    [rows], [printed] = printed_rows(np.array([[2, 0, 0]], np.int32)), printed_scores(scores)
-    document = json.loads(ENCODER.encode("u", rows, printed, 1, Source("clicks", 0, 1, 2, None), 9))
-    assert document["items"] == [{"item_id": "B", "score": 2.5}]
-
-
-def test_the_same_recommendation_later_differs_in_its_time_alone():
-    first, again = (
-        json.loads(ENCODER.encode("u", [1], [0.5], 1, Source("clicks", 0, 1, 2, None), now_ms)) for now_ms in (9, 10)
-    )
-    assert first.pop("generated_at_ms") != again.pop("generated_at_ms")
-    assert first == again
-
-
-@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=2, max_size=5))
-def test_printed_scores_are_near_keep_their_order_and_print_short(scores):
-    scores.sort(reverse=True)
-    [printed] = printed_scores(np.array([scores], np.float32))
-    assert printed == sorted(printed, reverse=True)
-    for score, text in zip(scores, map(repr, printed), strict=True):
-        assert abs(float(text) - score) <= 0.5000001e-5
-        assert "e" in text or len(text.partition(".")[2]) <= 5

@@ -19,8 +19,9 @@ from lrurec.config import LRURecConfig
 from lrurec.model import LRURec
 from lrurec.serving import CompiledEngine, state_layout
 from lrurec.user_state import UserStateError
-from stream_app.messages import ClickLimits, RecommendationEncoder
+from stream_app.messages import ClickLimits
 from stream_app.micro_batch import MicroBatcher
+from stream_app.recommendations import RecommendationEncoder
 
 NOW_MS = 1_700_000_000_000
 ITEMS = [f"i{row}" for row in range(1, 13)]

@@ -1,0 +1,126 @@
+"""Recommendations as JSON, compiled: nothing is done in Python for an item of a list.
+
+Texts are UTF-8 as numpy bytes, many of them end to end with where each ends. Axes: m lists, k items a list.
+"""
+
+import math
+
+import numpy as np
+from numba import njit
+
+#: What a number takes at most: 19 digits and a sign, or five digits after the point of a score.
+NUMBER_BYTES = 20
+
+#: Scores from here on are not whole hundred-thousandths in float64.
+LARGEST_SCORE = 1e10
+
+
+@njit(nogil=True, cache=True)
+def write_lists(
+    items, scores, clicks, offsets, times, users, user_ends, events, event_ends, starts, start_ends, texts, text_ends
+):
+    """The JSON of m lists, end to end, and where each ends.
+
+        {"user_id":USER,"items":[{"item_id":ID,"score":SCORE},…],"model_version":…,"clicks":CLICKS,"source":{…,
+        "offset":OFFSET,EVENT"timestamp_ms":TIME},"generated_at_ms":…}
+
+    Args:
+        items: (m, k) int32 item rows; 0 ends a list early.
+        scores: (m, k) float32, below `LARGEST_SCORE`; printed with up to five decimals.
+        clicks: (m,) int64.
+        offsets: (m,) int64.
+        times: (m,) int64.
+        users: user ids as JSON.
+        user_ends: (m,) int64.
+        events: `"event_id":…,` of each list, or nothing.
+        event_ends: (m,) int64.
+        starts: what comes before the score of each item row, 0 included.
+        start_ends: (v + 1,) int64.
+        texts: what stands between the other fields, five of them, and at the end.
+        text_ends: (6,) int64.
+
+    """
+    lists, k = items.shape
+    fixed = text_ends[5] + 3 * NUMBER_BYTES + k * (NUMBER_BYTES + 2)
+    size = users.shape[0] + events.shape[0] + lists * fixed
+    for i in range(lists):
+        for j in range(k):
+            size += start_ends[items[i, j]] - start_ends[items[i, j] - 1] if items[i, j] else 0
+    out = np.empty(size, np.uint8)
+    ends = np.empty(lists, np.int64)
+    at = 0
+    for i in range(lists):
+        at = _text(out, at, texts, text_ends, 0)
+        at = _text(out, at, users, user_ends, i)
+        at = _text(out, at, texts, text_ends, 1)
+        for j in range(k):
+            if items[i, j] == 0:
+                break
+            if j:
+                out[at] = 44  # ,
+                at += 1
+            at = _text(out, at, starts, start_ends, items[i, j])
+            at = _score(out, at, scores[i, j])
+            out[at] = 125  # }
+            at += 1
+        at = _text(out, at, texts, text_ends, 2)
+        at = _whole(out, at, clicks[i])
+        at = _text(out, at, texts, text_ends, 3)
+        at = _whole(out, at, offsets[i])
+        out[at] = 44
+        at += 1
+        at = _text(out, at, events, event_ends, i)
+        at = _text(out, at, texts, text_ends, 4)
+        at = _whole(out, at, times[i])
+        at = _text(out, at, texts, text_ends, 5)
+        ends[i] = at
+    return out[:at], ends
+
+
+@njit(nogil=True, cache=True)
+def _text(out, at, texts, ends, number):
+    start = ends[number - 1] if number else 0
+    for i in range(start, ends[number]):
+        out[at + i - start] = texts[i]
+    return at + ends[number] - start
+
+
+@njit(nogil=True, cache=True)
+def _whole(out, at, value):
+    magnitude = np.uint64(value)
+    if value < 0:
+        out[at] = 45  # -
+        at += 1
+        magnitude = np.uint64(0) - magnitude
+    digits = 1
+    above = magnitude // np.uint64(10)
+    while above > 0:
+        digits += 1
+        above //= np.uint64(10)
+    for place in range(at + digits - 1, at - 1, -1):
+        above = magnitude // np.uint64(10)
+        out[place] = np.uint8(48) + np.uint8(magnitude - above * np.uint64(10))
+        magnitude = above
+    return at + digits
+
+
+@njit(nogil=True, cache=True)
+def _score(out, at, score):
+    """As numpy rounds to five decimals; at least one of them is printed."""
+    value = np.float64(score)
+    if math.copysign(1.0, value) < 0:
+        out[at] = 45
+        at += 1
+    parts = np.int64(np.rint(abs(value) * 1e5))
+    whole = parts // 100_000
+    at = _whole(out, at, whole)
+    out[at] = 46  # .
+    rest = parts - whole * 100_000
+    last = 1
+    for place in range(5, 0, -1):
+        digit = rest % 10
+        rest //= 10
+        out[at + place] = 48 + digit
+        if digit and last == 1:
+            last = place
+    return at + 1 + last
