@@ -145,7 +145,7 @@ class CompiledEngine:
     ) -> tuple[UserStates, Ranking]:
         """See `Engine.advance`. Larger batches than `max_batch` are cut."""
         states = states.copy()
-        hidden = states["hidden"].astype(np.float32)
+        hidden = self._widened(states["hidden"])
         recent, counts_by_user = states["recent_items"].copy(), states["clicks"].copy()
         ranking = _empty_ranking(len(ranked), self._top_k)
         for start in range(0, len(clicks.user), self._rows):
@@ -155,11 +155,26 @@ class CompiledEngine:
             wanted = ranked[first:last] - start
             self._rank(wanted, ranking.items[first:last], ranking.scores[first:last])
             ranking.clicks[first:last] = counts[wanted]
-        states["hidden"], states["recent_items"], states["clicks"] = hidden, recent, counts_by_user
+        states["hidden"] = self._as_stored(hidden)
+        states["recent_items"], states["clicks"] = recent, counts_by_user
         # Assignment in order: a user's last click wins.
         states["source_offset"][clicks.user] = clicks.source_offset
         states["timestamp_ms"][clicks.user] = clicks.timestamp_ms
         return states, ranking
+
+    def _widened(self, stored: np.ndarray) -> np.ndarray:
+        if stored.dtype != np.float16:
+            return stored.copy()
+        hidden = np.empty(stored.shape, np.float32)
+        kernels.widen(np.ascontiguousarray(stored).view(np.int16).reshape(-1), hidden.reshape(-1))
+        return hidden
+
+    def _as_stored(self, hidden: np.ndarray) -> np.ndarray:
+        if self.layout.precision != "float16":
+            return hidden
+        half = np.empty(hidden.shape, np.int16)
+        kernels.narrow(hidden.reshape(-1), half.reshape(-1))
+        return half.view(np.float16)
 
     def _step(
         self, user: np.ndarray, item: np.ndarray, hidden: np.ndarray, recent: np.ndarray, clicks: np.ndarray

@@ -200,3 +200,14 @@ def test_a_click_is_ranked_to_the_same_bits_in_any_company(d, items):
         items_, scores = rank(encodings, company, chunks, seen, k)
         assert scores.tobytes() == together[1][list(company)].tobytes()
         assert items_.tobytes() == together[0][list(company)].tobytes()
+
+
+def test_every_float16_is_widened_exactly_and_narrowed_to_itself():
+    half = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    wide, back = np.empty(half.shape, np.float32), np.empty(half.shape, np.int16)
+    kernels.widen(half.view(np.int16), wide)
+    np.testing.assert_array_equal(wide, half.astype(np.float32))
+    assert np.array_equal(np.signbit(wide), np.signbit(half))
+    kernels.narrow(wide, back)
+    np.testing.assert_array_equal(back.view(np.float16), half)
+    assert np.array_equal(np.signbit(back.view(np.float16)), np.signbit(half))
