@@ -132,10 +132,10 @@ def _estimate(sums, offset, scale, bias, factor, limit, estimates, reached):
 
 @njit(nogil=True)
 def _is_in(item, seen):
-    found = False
-    for other in seen:
-        found |= other == item
-    return found
+    found = _int32(0)
+    for i in range(seen.shape[0]):
+        found |= _int32(seen[i] == item)
+    return found != 0
 
 
 @njit(nogil=True, inline="always")
