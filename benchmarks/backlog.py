@@ -115,9 +115,9 @@ def write_bundle(folder: Path, items: int) -> None:
     save_bundle(folder, make_bundle(config, LRURec(config).state_dict(), catalogue))
 
 
-async def produce_backlog(bootstrap: str, clicks: int, users: int, items: int) -> None:
+async def produce_backlog(bootstrap: str, clicks: int, users: int, items: int, partitions: int = PARTITIONS) -> None:
     """Write the clicks, uniform over users and items, and wait until all are in the log."""
-    await create_topics(bootstrap, {"clicks": "delete"})
+    await create_topics(bootstrap, {"clicks": "delete"}, partitions)
     rng = np.random.default_rng(0)
     rows = zip(rng.integers(0, users, clicks).tolist(), rng.integers(1, items + 1, clicks).tolist(), strict=True)
     producer = AIOKafkaProducer(bootstrap_servers=bootstrap, acks="all", linger_ms=20, max_batch_size=500_000)
@@ -131,13 +131,13 @@ async def produce_backlog(bootstrap: str, clicks: int, users: int, items: int) -
         await producer.stop()
 
 
-async def create_topics(bootstrap: str, policies: Mapping[str, str]) -> None:
+async def create_topics(bootstrap: str, policies: Mapping[str, str], partitions: int = PARTITIONS) -> None:
     """Create topics with these cleanup policies."""
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
     await admin.start()
     try:
         topics = [
-            NewTopic(name, PARTITIONS, 1, topic_configs={"cleanup.policy": policy}) for name, policy in policies.items()
+            NewTopic(name, partitions, 1, topic_configs={"cleanup.policy": policy}) for name, policy in policies.items()
         ]
         await admin.create_topics(topics)
     finally:
@@ -146,6 +146,15 @@ async def create_topics(bootstrap: str, policies: Mapping[str, str]) -> None:
 
 def run_ours(bootstrap: str, bundle: Path, folder: Path, clicks: int, guarantee: str) -> float:
     """`stream-app worker` with its default settings but for the guarantee, with its states in this folder."""
+    environment = worker_environment(bootstrap, bundle, folder, guarantee)
+    with worker(environment, folder.with_suffix(".log")):
+        rate = asyncio.run(rate_of(bootstrap, environment["STREAM_APP_RECOMMENDATIONS_TOPIC"], clicks))
+    prove(environment)
+    return rate
+
+
+def worker_environment(bootstrap: str, bundle: Path, folder: Path, guarantee: str, **others: str) -> dict[str, str]:
+    """Of a worker whose topics and states are called as the folder."""
     name = folder.name
     settings = {
         "BROKER": bootstrap,
@@ -156,13 +165,17 @@ def run_ours(bootstrap: str, bundle: Path, folder: Path, clicks: int, guarantee:
         "STATE_DIR": str(folder),
         "GUARANTEE": guarantee,
         "WEB_PORT": "0",
+        **others,
     }
-    environment = os.environ | {f"STREAM_APP_{key}": text for key, text in settings.items()}
+    return os.environ | {f"STREAM_APP_{key}": text for key, text in settings.items()}
+
+
+@contextmanager
+def worker(environment: Mapping[str, str], log: Path) -> Iterator[None]:
+    """`stream-app worker`, and its topics before it."""
     subprocess.run([SCRIPTS / "stream-app", "topics"], env=environment, check=True, capture_output=True, timeout=60)
-    with running([str(SCRIPTS / "stream-app"), "worker"], environment, folder.with_suffix(".log")):
-        rate = asyncio.run(rate_of(bootstrap, f"{name}-recommendations", clicks))
-    prove(environment)
-    return rate
+    with running([str(SCRIPTS / "stream-app"), "worker"], environment, log):
+        yield
 
 
 def prove(environment: Mapping[str, str]) -> None:
@@ -215,16 +228,16 @@ def running(command: list[str], environment: Mapping[str, str], log: Path) -> It
         process.wait(10)
 
 
-async def rate_of(bootstrap: str, topic: str, clicks: int) -> float:
+async def rate_of(bootstrap: str, topic: str, clicks: int, partitions: int = PARTITIONS) -> float:
     """Recommendations a second, from the first sight of any to the last of them or the end of the round."""
     consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, isolation_level="read_committed")
     await consumer.start()
-    partitions = [TopicPartition(topic, partition) for partition in range(PARTITIONS)]
+    log = [TopicPartition(topic, partition) for partition in range(partitions)]
     try:
         points: list[tuple[float, int]] = []
         give_up = time.monotonic() + 60
         while not points or (points[-1][1] < clicks and points[-1][0] < points[0][0] + ROUND_SECONDS):
-            count = sum((await consumer.end_offsets(partitions)).values())
+            count = sum((await consumer.end_offsets(log)).values())
             if count and (not points or count > points[-1][1]):
                 points.append((time.monotonic(), count))
             if not points and time.monotonic() > give_up:

@@ -1,0 +1,165 @@
+"""How long after a click its recommendation can be read, at three loads.
+
+    python -m benchmarks.latency                                  8 and 64 partitions, 30 seconds a load
+    python -m benchmarks.latency --partitions 8 --seconds 120
+
+What the worker can do is measured first, on a backlog. Then clicks come at 10, 50 and 80% of it, each at a time that
+was fixed beforehand: a click that waits, for the worker or for its producer, delays no other, and waits from its own
+time on (no coordinated omission). A latency ends where a consumer has the recommendation; every fifth click is looked
+at.
+
+Broker, worker, producer and consumer share the machine's cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import orjson
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from benchmarks import backlog
+from benchmarks.machine import processor
+from stream_app.dev.kafka.broker import LocalBroker
+from stream_app.micro_batch import KeyValue
+from stream_app.publisher import Publisher, acknowledged
+
+LOADS = (0.1, 0.5, 0.8)
+USERS, ITEMS = 50_000, 3_416
+BACKLOG = 300_000
+
+#: Of the clicks, the first of so many carries an event_id by which its recommendation is known again.
+_LOOKED_AT = 5
+
+#: Between two looks at which clicks are due.
+_TICK_SECONDS = 0.002
+
+#: Before the first click and after the last.
+_START_SECONDS, _PATIENCE_SECONDS = 3.0, 60.0
+
+
+def main() -> None:
+    """Print a table, then one JSON line for history."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--partitions", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--seconds", type=float, default=30.0)
+    options = parser.parse_args()
+    print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    results = {}
+    for partitions in options.partitions:
+        with tempfile.TemporaryDirectory() as folder:
+            results[partitions] = measure(Path(folder), partitions, options.seconds)
+    print(json.dumps({"benchmark": "latency", "seconds": options.seconds, "milliseconds": results}))
+
+
+def measure(folder: Path, partitions: int, seconds: float) -> dict[str, dict[str, float]]:
+    """Milliseconds by load and percentile."""
+    bundle, results = folder / "bundle", {}
+    backlog.write_bundle(bundle, ITEMS)
+    with LocalBroker(folder / "kafka", port=0, heap_mb=1024) as broker:
+        asyncio.run(backlog.produce_backlog(broker.bootstrap, BACKLOG, USERS, ITEMS, partitions))
+        environment = backlog.worker_environment(
+            broker.bootstrap, bundle, folder / "latency", "at_least_once", PARTITIONS=str(partitions)
+        )
+        with backlog.worker(environment, folder / "worker.log"):
+            topic = environment["STREAM_APP_RECOMMENDATIONS_TOPIC"]
+            saturation = asyncio.run(backlog.rate_of(broker.bootstrap, topic, BACKLOG, partitions))
+            print(f"{partitions} partitions: {saturation:,.0f} clicks/s on a backlog")
+            for load in LOADS:
+                rate = load * saturation
+                waits = asyncio.run(latencies(broker.bootstrap, topic, partitions, rate, seconds))
+                found = dict(zip(("p50", "p99", "p99.9"), np.percentile(waits, [50, 99, 99.9]), strict=True))
+                results[f"{load:.0%}"] = {name: round(1000 * float(value), 2) for name, value in found.items()}
+                line = "   ".join(f"{name} {value:8,.1f} ms" for name, value in results[f"{load:.0%}"].items())
+                print(f"{partitions:>4} partitions, {load:4.0%}, {rate:8,.0f} clicks/s:   {line}", flush=True)
+        backlog.prove(environment)
+    return results
+
+
+async def latencies(bootstrap: str, topic: str, partitions: int, rate: float, seconds: float) -> list[float]:
+    """Seconds from when a click was due to when its recommendation was here, of the clicks that are looked at."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, fetch_max_wait_ms=100)
+    await consumer.start()
+    try:
+        consumer.assign([TopicPartition(topic, partition) for partition in range(partitions)])
+        await consumer.seek_to_end()
+        start, count = time.time() + _START_SECONDS, int(rate * seconds)
+        due = start + np.arange(count) / rate
+        waits: dict[int, float] = {}
+        with load_generator(bootstrap, start, rate, count):
+            while len(waits) < -(-count // _LOOKED_AT):
+                if time.time() > due[-1] + _PATIENCE_SECONDS:
+                    raise TimeoutError(f"{count} clicks, and after {_PATIENCE_SECONDS:g} s {len(waits)} answers")
+                found = await consumer.getmany(timeout_ms=1_000)
+                now = time.time()
+                for records in found.values():
+                    for record in records:
+                        place = record.value.find(b'"event_id":"')
+                        if place >= 0:
+                            number = int(record.value[place + 12 : record.value.index(b'"', place + 12)])
+                            waits.setdefault(number, now - due[number])
+    finally:
+        await consumer.stop()
+    return list(waits.values())
+
+
+@contextmanager
+def load_generator(bootstrap: str, start: float, rate: float, count: int) -> Iterator[None]:
+    """A process that sends the clicks when they are due."""
+    process = multiprocessing.get_context("spawn").Process(target=_generate, args=(bootstrap, start, rate, count))
+    process.start()
+    try:
+        yield
+    finally:
+        process.join(_PATIENCE_SECONDS)
+        process.kill()
+        process.join()
+
+
+def _generate(bootstrap: str, start: float, rate: float, count: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    asyncio.run(_send_when_due(bootstrap, start, rate, count))
+
+
+async def _send_when_due(bootstrap: str, start: float, rate: float, count: int) -> None:
+    rng = np.random.default_rng(int(rate))
+    users, items = rng.integers(0, USERS, count).tolist(), rng.integers(1, ITEMS + 1, count).tolist()
+    publisher = Publisher({"bootstrap_servers": [bootstrap], "request_timeout_ms": 30_000})
+    await publisher.start(["clicks"])
+    sent, in_flight = 0, set[asyncio.Future[object]]()
+    try:
+        while sent < count:
+            wanted = min(count, int((time.time() - start) * rate) + 1)
+            if wanted > sent:
+                clicks = [_click(number, users[number], items[number]) for number in range(sent, wanted)]
+                for future in await publisher.send("clicks", publisher.pack("clicks", clicks, int(time.time() * 1000))):
+                    in_flight.add(future)
+                    future.add_done_callback(in_flight.discard)
+                sent = wanted
+            await asyncio.sleep(_TICK_SECONDS)
+        await acknowledged(list(in_flight), "clicks", 30.0)
+    finally:
+        await publisher.stop()
+
+
+def _click(number: int, user: int, item: int) -> KeyValue:
+    event: dict[str, object] = {"user_id": f"user-{user}", "item_id": f"item-{item}", "timestamp_ms": 1_700_000_000_000}
+    if number % _LOOKED_AT == 0:
+        event["event_id"] = str(number)
+    return KeyValue(f"user-{user}".encode(), orjson.dumps(event))
+
+
+if __name__ == "__main__":
+    main()
