@@ -33,6 +33,7 @@ import orjson
 import torch
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from jaxtyping import Float64
 
 from benchmarks.machine import processor
 from lrurec.bundle import make_bundle, save_bundle
@@ -78,7 +79,7 @@ def measure(folder: Path, clicks: int, users: int, items: int, rounds: int) -> d
     guarantees = {"stream-app": "at_least_once", "exactly once": "exactly_once"}
     rates: dict[str, list[float]] = {name: [] for name in (*guarantees, *PEERS)}
     with LocalBroker(folder / "kafka", port=0, heap_mb=1024) as broker:
-        asyncio.run(produce_backlog(broker.bootstrap, clicks, users, items))
+        asyncio.run(produce_backlog(broker.bootstrap, clicks, equal_shares(users), items))
         for number in range(rounds):
             for name, guarantee in guarantees.items():
                 place = folder / f"{guarantee}-{number}"
@@ -115,11 +116,14 @@ def write_bundle(folder: Path, items: int) -> None:
     save_bundle(folder, make_bundle(config, LRURec(config).state_dict(), catalogue))
 
 
-async def produce_backlog(bootstrap: str, clicks: int, users: int, items: int, partitions: int = PARTITIONS) -> None:
-    """Write the clicks, uniform over users and items, and wait until all are in the log."""
+async def produce_backlog(
+    bootstrap: str, clicks: int, users: Float64[np.ndarray, " users"], items: int, partitions: int = PARTITIONS
+) -> None:
+    """Write the clicks, of users by their share and of any item, and wait until all are in the log."""
     await create_topics(bootstrap, {"clicks": "delete"}, partitions)
     rng = np.random.default_rng(0)
-    rows = zip(rng.integers(0, users, clicks).tolist(), rng.integers(1, items + 1, clicks).tolist(), strict=True)
+    user, item = rng.choice(len(users), clicks, p=users).tolist(), rng.integers(1, items + 1, clicks).tolist()
+    rows = zip(user, item, strict=True)
     producer = AIOKafkaProducer(bootstrap_servers=bootstrap, acks="all", linger_ms=20, max_batch_size=500_000)
     await producer.start()
     try:
@@ -129,6 +133,11 @@ async def produce_backlog(bootstrap: str, clicks: int, users: int, items: int, p
         await producer.flush()
     finally:
         await producer.stop()
+
+
+def equal_shares(users: int) -> Float64[np.ndarray, " users"]:
+    """Of every user's clicks."""
+    return np.full(users, 1 / users)
 
 
 async def create_topics(bootstrap: str, policies: Mapping[str, str], partitions: int = PARTITIONS) -> None:

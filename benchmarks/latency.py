@@ -66,10 +66,10 @@ def main() -> None:
 
 def measure(folder: Path, partitions: int, seconds: float) -> dict[str, dict[str, float]]:
     """Milliseconds by load and percentile."""
-    bundle, results = folder / "bundle", {}
+    bundle, users, results = folder / "bundle", backlog.equal_shares(USERS), {}
     backlog.write_bundle(bundle, ITEMS)
     with LocalBroker(folder / "kafka", port=0, heap_mb=1024) as broker:
-        asyncio.run(backlog.produce_backlog(broker.bootstrap, BACKLOG, USERS, ITEMS, partitions))
+        asyncio.run(backlog.produce_backlog(broker.bootstrap, BACKLOG, users, ITEMS, partitions))
         environment = backlog.worker_environment(
             broker.bootstrap, bundle, folder / "latency", "at_least_once", PARTITIONS=str(partitions)
         )
