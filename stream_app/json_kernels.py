@@ -41,7 +41,7 @@ def write_lists(
 
     """
     lists, k = items.shape
-    fixed = text_ends[5] + 3 * NUMBER_BYTES + k * (NUMBER_BYTES + 2)
+    fixed = text_ends[5] + 3 * NUMBER_BYTES + 1 + k * (NUMBER_BYTES + 2)
     size = users.shape[0] + events.shape[0] + lists * fixed
     for i in range(lists):
         for j in range(k):
