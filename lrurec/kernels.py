@@ -119,7 +119,7 @@ def _layer_norm(x, weight, bias, epsilon):
             x[row, i] = (x[row, i] - mean) * scale * weight[i] + bias[i]
 
 
-@njit(nogil=True)
+@njit(nogil=True, error_model="numpy")  # Python's would ask before each division, and the loop wouldn't be vectorised
 def _add_bias_and_gelu(x, bias):
     """x ← GELU(x + bias), the exact form with erf, in place."""
     rows, width = x.shape
