@@ -87,8 +87,9 @@ def test_both_engines_leave_out_the_same_items(small_bundle, history, recent, k)
     clicks = columns(history)
     _, ours = advance(compiled(small_bundle, k=k, recent=recent), clicks)
     _, theirs = advance(on_torch(small_bundle, k=k, recent=recent), clicks)
-    assert (np.isneginf(ours.scores) == np.isneginf(theirs.scores)).all()
-    assert (ours.items == theirs.items).all()
+    # Two items may change places where they score alike to rounding; one that only one engine leaves out moves scores.
+    np.testing.assert_allclose(ours.scores, theirs.scores, rtol=0, atol=TOLERANCE)
+    assert (ours.items[~np.isfinite(ours.scores)] == theirs.items[~np.isfinite(theirs.scores)]).all()
 
 
 # -- whatever else is in the micro-batch
