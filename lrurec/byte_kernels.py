@@ -26,6 +26,12 @@ SPARE = 16
 #: Bytes of items that all rows are held against in turn: half of a core's first-level cache.
 _CHUNK_BYTES = 1 << 14
 
+#: Groups of items that a list begins with: 4,096 items, 98 KB for `ROWS` rows.
+_FIRST_GROUPS = 64
+
+#: Above -inf, which is the score of no candidate, and below all others.
+_LOWEST = np.finfo(np.float32).min
+
 _float32, _int32 = np.float32, np.int32
 
 
@@ -166,6 +172,72 @@ def _decide(x, estimates, first, bound, table, numbers, bias, seen, best_scores,
                 _insert(score, item, best_scores, best_items)
 
 
+@njit(nogil=True, fastmath={"contract"})
+def _bound_from_above(sums, offset, scale, bias, factor, bound, uppers, start):
+    """s̃ + bound, what each of a group of items scores at most, for each of a few rows."""
+    for r in range(factor.shape[0]):
+        sums_of_row, out, a, more = sums[r], uppers[r, start : start + ITEMS], factor[r], bound[r]
+        for i in range(ITEMS):
+            out[i] = _float32(sums_of_row[i] - offset[i]) * scale[i] * a + bias[i] + more
+
+
+@njit(nogil=True)
+def _kth_of_parts(values, wanted, spare, best):
+    """The k-th largest of the maxima of parts, of which there are at least `wanted` if there are as many values."""
+    count = values.shape[0]
+    while count % 2 == 0 and count // 2 >= wanted:
+        count //= 2
+        left, right = values[:count], values[count:]
+        out = spare[:count]  # another array than the one read: only so does the compiler take 16 at once
+        for i in range(count):
+            out[i] = max(left[i], right[i])
+        values, spare = out, spare[count:]
+    best[:] = -np.inf
+    last = best.shape[0] - 1
+    for i in range(count):
+        value = values[i]
+        if value > best[last]:
+            place = last
+            while place > 0 and value > best[place - 1]:
+                best[place] = best[place - 1]
+                place -= 1
+            best[place] = value
+    return best[last]
+
+
+@njit(nogil=True)
+def _reach(values, least, found):
+    for i in range(values.shape[0]):
+        found[i] = values[i] >= least
+
+
+@njit(nogil=True)
+def _begin(x, uppers, widest, table, numbers, places, bias, seen, scratch, found, best_scores, best_items):
+    """The list of one row out of the first groups of items.
+
+    k items score at least so much: the k-th of the largest s̃ + bound of disjoint parts, less twice the widest bound.
+    Nothing below it is looked at. Without such a beginning most items that enter a list leave it again.
+    """
+    last = best_scores.shape[0] - 1
+    for i in range(seen.shape[0]):
+        place = places[seen[i]]
+        if 0 <= place < uppers.shape[0]:
+            uppers[place] = -np.inf
+    # Four parts for each that is wanted: hardly two of the best share one.
+    kth = _kth_of_parts(uppers, 4 * best_scores.shape[0], scratch, best_scores)
+    least = max(kth - _float32(2) * widest, _LOWEST)
+    best_scores[:] = -np.inf
+    _reach(uppers, least, found)
+    words = found.view(np.uint64)
+    for word in range(words.shape[0]):
+        if words[word]:
+            for place in range(8 * word, 8 * word + 8):
+                if uppers[place] >= max(least, best_scores[last]):
+                    score = exact_score(x, table[place], bias[place])
+                    if _is_before(score, numbers[place], best_scores[last], best_items[last]):
+                        _insert(score, numbers[place], best_scores, best_items)
+
+
 @njit(nogil=True, cache=True)
 def rank(encodings, wanted, items, seen, top_items, top_scores):
     """The k best items of each wanted row, exact; see `filtered_ranking`.
@@ -179,7 +251,7 @@ def rank(encodings, wanted, items, seen, top_items, top_scores):
         top_scores: (m, k) float32, out; -inf for none.
 
     """
-    table, numbers, words, offset, scale, bias, norm, residual, rounding = items
+    table, numbers, places, words, offset, scale, bias, norm, residual, rounding = items
     m, k = top_scores.shape
     width, steps, groups = table.shape[1], words.shape[2], words.shape[0]
     top_items[:] = 0
@@ -193,8 +265,30 @@ def rank(encodings, wanted, items, seen, top_items, top_scores):
         outside[row] += inside[row] * _float32((width + SPARE) * 2.0**-22)
     sums, estimates = np.empty((ROWS, ITEMS), np.int32), np.empty((ROWS, ITEMS), np.float32)
     bound, limit, reached = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32), np.empty(ROWS, np.bool_)
+    begun = min(groups, _FIRST_GROUPS)
+    widest = norm[:begun].max(), residual[:begun].max(), rounding[:begun].max()
+    uppers, scratch = np.empty((ROWS, begun * ITEMS), np.float32), np.empty(begun * ITEMS, np.float32)
+    found = np.empty(begun * ITEMS, np.bool_)
+    for first in range(0, m, ROWS):
+        rows = min(ROWS, m - first)
+        tile, factors = x[first : first + ROWS], factor[first : first + rows]
+        for group in range(begun):
+            multiply(tile, words[group], sums)
+            for r in range(rows):
+                row = first + r
+                bound[r] = outside[row] * norm[group] + inside[row] * residual[group] + rounding[group]
+            _bound_from_above(
+                sums, offset[group], scale[group], bias[group], factors, bound, uppers, group * ITEMS
+            )  # fmt: skip
+        for r in range(rows):
+            row = first + r
+            click = wanted[row]
+            _begin(
+                encodings[click], uppers[r], outside[row] * widest[0] + inside[row] * widest[1] + widest[2], table,
+                numbers, places, bias.reshape(-1), seen[click], scratch, found, top_scores[row], top_items[row],
+            )  # fmt: skip
     per_chunk = max(1, _CHUNK_BYTES // (ITEMS * steps * 4))
-    for chunk in range(0, groups, per_chunk):
+    for chunk in range(begun, groups, per_chunk):
         for first in range(0, m, ROWS):
             rows = min(ROWS, m - first)
             tile, factors = x[first : first + ROWS], factor[first : first + rows]

@@ -6,7 +6,8 @@ Encodings and item rows are rounded to 8 bits, each row with a scale of its own:
     s̃_v = a b_v Σ x̂ ê_v + bias_v
     |s_v - s̃_v| ≤ |x - a x̂| |E_v| + |a x̂| |E_v - b_v ê_v|          triangle inequality, then Cauchy and Schwarz
 
-An item whose s̃ and bound together do not reach the k-th best score found so far cannot be in the list. For the others
+An item whose s̃ and bound together do not reach the k-th best score found so far cannot be in the list; for the first
+4,096 items a score that k of them reach is known beforehand, from their s̃ and bounds alone. For the others
 s = x·E_v + bias is computed in float32, always in the same order, so a list has the same bits whatever else is ranked
 beside it. The instruction that makes this pay (VPDPBUSD, "VNNI") multiplies and sums 64 pairs of bytes at once; scores
 are compared while they are in registers and the first-level cache, and never written.
@@ -62,6 +63,8 @@ class Items(NamedTuple):
     table: Float32[np.ndarray, "v d"]
     numbers: Int32[np.ndarray, " v"]
     """Of each row of the table: items that often score high come first, so that few are left to decide about later."""
+    places: Int32[np.ndarray, " v_plus_1"]
+    """The row of the table of each number; -1 for 0, which is none."""
     words: Int32[np.ndarray, "g vectors q lanes"]
     """ê, four bytes a word, the words of 16 items side by side."""
     offset: Int32[np.ndarray, "g items"]
@@ -100,6 +103,7 @@ def _quantise(table: np.ndarray, bias: np.ndarray) -> Items:
     return Items(
         table,
         order.astype(np.int32) + np.int32(1),
+        np.concatenate([[-1], np.argsort(order)]).astype(np.int32),
         np.ascontiguousarray(lanes).view(np.int32).reshape(groups, VECTORS, words, LANES),
         (128 * rounded.sum(1)).astype(np.int32).reshape(groups, ITEMS),
         scale.reshape(groups, ITEMS),
