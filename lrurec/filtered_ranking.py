@@ -10,7 +10,7 @@ An item whose s̃ and bound together do not reach the k-th best score found so f
 4,096 items a score that k of them reach is known beforehand, from their s̃ and bounds alone. For the others
 s = x·E_v + bias is computed in float32, always in the same order, so a list has the same bits whatever else is ranked
 beside it. The instruction that makes this pay (VPDPBUSD, "VNNI") multiplies and sums 64 pairs of bytes at once; scores
-are compared while they are in registers and the first-level cache, and never written.
+are compared while they are in a core's own cache, and never written to memory.
 
 Axes: m rows to rank, d width, q = ⌈d / 4⌉ words of four bytes, v items in g groups of `ITEMS`.
 """
