@@ -1,4 +1,7 @@
-"""`make bench`: every measurement but the long ones (quality, killed_training, memory, rebalance), one by one."""
+"""`make bench`: every measurement but the long ones, one by one.
+
+Those are quality, killed_training, memory, rebalance, latency and latest.
+"""
 
 from benchmarks import backlog, golden, poison, ranking, recovery, step, training
 

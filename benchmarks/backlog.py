@@ -4,8 +4,8 @@
     python -m benchmarks.backlog --clicks 100000 --rounds 1
 
 All are whole processes on the same real broker and the same clicks; they take turns: the worker with each of its
-guarantees, the two peers with the same model and a state (`obvious_worker`, `quix_worker`), and what Kafka and its
-client allow where as many bytes are read and written, and nothing is computed or kept (`raw_limit`).
+guarantees, the two peers with the same model and a state (`obvious_worker`, `quix_worker`), and a loop that reads
+and writes as many bytes, and computes and keeps nothing (`raw_limit`).
 
 Counted is what a consumer could read: the growth of the recommendations topic, from its first sign of life to the end
 of the backlog or of the time. The ends of transactions, which take offsets, are not counted.
@@ -55,7 +55,7 @@ PEERS = {
 OWN_CHANGELOG = {"obvious": "states-changelog", "limit": "states"}
 """Which of them want it created, and how it is called."""
 
-#: Each program may take this long for a round; the peers get nowhere near the end.
+#: Each program may take this long for a round; the peers with a model get nowhere near the end.
 ROUND_SECONDS = 40.0
 
 
@@ -105,7 +105,8 @@ def report(rates: Mapping[str, list[float]], options: Mapping[str, int]) -> None
     print(f"{options}")
     for name, each in {**rates, **ratios}.items():
         print(f"{name:>26}: median {statistics.median(each):>10,.2f}   min {min(each):,.2f}   max {max(each):,.2f}")
-    print(json.dumps({"benchmark": "backlog", **options, "clicks_per_second": rates}))
+    medians = {name: statistics.median(each) for name, each in ratios.items()}
+    print(json.dumps({"benchmark": "backlog", **options, "clicks_per_second": rates, **medians}))
 
 
 def write_bundle(folder: Path, items: int) -> None:
@@ -122,8 +123,9 @@ async def produce_backlog(
     """Write the clicks, of users by their share and of any item, and wait until all are in the log."""
     await create_topics(bootstrap, {"clicks": "delete"}, partitions)
     rng = np.random.default_rng(0)
-    user, item = rng.choice(len(users), clicks, p=users).tolist(), rng.integers(1, items + 1, clicks).tolist()
-    rows = zip(user, item, strict=True)
+    rows = zip(
+        rng.choice(len(users), clicks, p=users).tolist(), rng.integers(1, items + 1, clicks).tolist(), strict=True
+    )
     producer = AIOKafkaProducer(bootstrap_servers=bootstrap, acks="all", linger_ms=20, max_batch_size=500_000)
     await producer.start()
     try:

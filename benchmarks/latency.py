@@ -4,8 +4,8 @@
     python -m benchmarks.latency --partitions 8 --seconds 120
 
 What the worker can do is measured first, on a backlog. Then clicks come at 10, 50 and 80% of it, each at a time that
-was fixed beforehand: a click that waits, for the worker or for its producer, delays no other, and waits from its own
-time on (no coordinated omission). A latency ends where a consumer has the recommendation; every fifth click is looked
+was fixed beforehand, evenly apart: one that waits, for the worker or for its producer, waits from its own time on (no
+coordinated omission). A latency ends where a consumer has the recommendation; every fifth click is looked
 at.
 
 Broker, worker, producer and consumer share the machine's cores.
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +47,7 @@ _LOOKED_AT = 5
 #: Between two looks at which clicks are due.
 _TICK_SECONDS = 0.002
 
-#: Before the first click and after the last.
-_START_SECONDS, _PATIENCE_SECONDS = 3.0, 60.0
+_LEAD_SECONDS, _PATIENCE_SECONDS = 0.5, 60.0
 
 
 def main() -> None:
@@ -95,10 +95,9 @@ async def latencies(bootstrap: str, topic: str, partitions: int, rate: float, se
     try:
         consumer.assign([TopicPartition(topic, partition) for partition in range(partitions)])
         await consumer.seek_to_end()
-        start, count = time.time() + _START_SECONDS, int(rate * seconds)
-        due = start + np.arange(count) / rate
-        waits: dict[int, float] = {}
-        with load_generator(bootstrap, start, rate, count):
+        count, waits = int(rate * seconds), dict[int, float]()
+        with load_generator(bootstrap, rate, count) as start:
+            due = start + np.arange(count) / rate
             while len(waits) < -(-count // _LOOKED_AT):
                 if time.time() > due[-1] + _PATIENCE_SECONDS:
                     raise TimeoutError(f"{count} clicks, and after {_PATIENCE_SECONDS:g} s {len(waits)} answers")
@@ -116,28 +115,33 @@ async def latencies(bootstrap: str, topic: str, partitions: int, rate: float, se
 
 
 @contextmanager
-def load_generator(bootstrap: str, start: float, rate: float, count: int) -> Iterator[None]:
-    """A process that sends the clicks when they are due."""
-    process = multiprocessing.get_context("spawn").Process(target=_generate, args=(bootstrap, start, rate, count))
+def load_generator(bootstrap: str, rate: float, count: int) -> Iterator[float]:
+    """A process that sends the clicks when they are due; yields when the first one is, once it is ready to send."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_generate, args=(theirs, bootstrap, rate, count))
     process.start()
     try:
-        yield
+        if not ours.poll(_PATIENCE_SECONDS):
+            raise TimeoutError("the process that sends the clicks did not start")
+        yield ours.recv()
     finally:
         process.join(_PATIENCE_SECONDS)
         process.kill()
         process.join()
 
 
-def _generate(bootstrap: str, start: float, rate: float, count: int) -> None:
+def _generate(ready: Connection, bootstrap: str, rate: float, count: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    asyncio.run(_send_when_due(bootstrap, start, rate, count))
+    asyncio.run(_send_when_due(ready, bootstrap, rate, count))
 
 
-async def _send_when_due(bootstrap: str, start: float, rate: float, count: int) -> None:
+async def _send_when_due(ready: Connection, bootstrap: str, rate: float, count: int) -> None:
     rng = np.random.default_rng(int(rate))
     users, items = rng.integers(0, USERS, count).tolist(), rng.integers(1, ITEMS + 1, count).tolist()
     publisher = Publisher({"bootstrap_servers": [bootstrap], "request_timeout_ms": 30_000})
     await publisher.start(["clicks"])
+    start = time.time() + _LEAD_SECONDS
+    ready.send(start)
     sent, in_flight = 0, set[asyncio.Future[object]]()
     try:
         while sent < count:

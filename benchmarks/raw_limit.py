@@ -1,9 +1,9 @@
-"""What Kafka and its client allow: the worker's bytes are read and written, and nothing is computed or kept.
+"""What a plain copying loop does: it reads and writes as many bytes as the worker, and computes and keeps nothing.
 
 Each click of a fetch becomes a recommendation with the same key, and each user in it a record of a changelog, both with
-bytes of the worker's sizes that were made once. No model, no state, no order between the two topics, no commit. Where
-the worker's record batches and the client's own calls allow several records at once, so they do here; what is written
-waits for its acknowledgement while the next fetch is under way.
+bytes of the worker's sizes that were made once. No model, no state, no order between the two topics, no commit of
+offsets. Records are read and written by the batch, as the worker does it, with the client's own calls; several fetches
+may wait for their acknowledgements. All of it is one thread, where the worker packs its batches in another.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ _STATE = StateLayout("9aad0b43e639d264", 2, 128)
 
 async def run(name: str, broker: str) -> None:
     """Copy until cancelled."""
-    encoder = RecommendationEncoder(["", *(f"item-{row}" for row in range(1, 11))], "9aad0b43e639d264")
+    encoder = RecommendationEncoder(["", *(f"item-{row}" for row in range(1_001, 1_011))], "9aad0b43e639d264")
     items, scores = np.arange(1, 11, dtype=np.int32), np.linspace(4.20311, 3.30307, 10, dtype=np.float32)
     numbers = (np.array([number]) for number in (12, 123_456, 1_700_000_000_000))
-    [ranking] = encoder.encode(Lists([b"user-12345"], items[None], scores[None], *numbers, [None]), "clicks", 3, 0)
+    [ranking] = encoder.encode(
+        Lists([b"user-12345"], items[None], scores[None], *numbers, [None]), "clicks", 3, 1_700_000_000_000
+    )
     state = bytes(_STATE.dtype.itemsize)
-    consumer = AIOKafkaConsumer("clicks", bootstrap_servers=broker, group_id=name, auto_offset_reset="earliest")
+    consumer = AIOKafkaConsumer("clicks", bootstrap_servers=broker, auto_offset_reset="earliest")
     producer = AIOKafkaProducer(bootstrap_servers=broker, acks="all", enable_idempotence=True, max_batch_size=1_000_000)
     await consumer.start()
     await producer.start()

@@ -12,7 +12,8 @@
 | `v` | rows of the item table, N + 1: row 0 is the padding item, rows 1..N are the catalogue |
 | `k` | length of a list of recommendations |
 
-Numbers are float32 and complex64 throughout: a recurrent state that is rounded less than that drifts.
+Numbers are float32 and complex64: a recurrent state that is carried on with fewer digits drifts. Training may round
+what is computed from one to bfloat16 (`training.presets.Precision`).
 Shapes are checked at run time under pytest only.
 """
 

@@ -18,8 +18,8 @@ _SIXTEEN = np.int32(16)
 
 
 def memory_of(values: Shaped[Tensor, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
-    """What the loops take: bfloat16 as its bits, other types as they are. The same memory if it is contiguous."""
-    values = values.detach().contiguous()
+    """What the loops take: bfloat16 as its bits, other types as they are. The same memory."""
+    values = values.detach()
     memory: Shaped[np.ndarray, "*shape"] = values.view(
         torch.int16 if values.dtype == torch.bfloat16 else values.dtype
     ).numpy()

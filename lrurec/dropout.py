@@ -56,7 +56,7 @@ _KERNELS = {torch.float32: dropout_kernels.drop, torch.bfloat16: dropout_kernels
 def _drop(x: Tensor, probability: float, keys: np.ndarray) -> Tensor:
     kernel = _KERNELS[x.dtype]
     out = torch.empty(x.shape, dtype=x.dtype)
-    values, results = (memory_of(tensor).reshape(-1) for tensor in (x, out))
+    values, results = (memory_of(tensor).reshape(-1) for tensor in (x.contiguous(), out))
     # One value of the hash at least keeps: a probability below 1 must not become 1.
     dropped = np.uint32(min(round(probability * 2**32), 2**32 - 1))
     scale = np.float32(1 / (1 - probability))

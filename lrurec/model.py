@@ -89,7 +89,7 @@ class LRURec(nn.Module):
     encoding is learned. It is never an item of a sequence: an unknown item is to be skipped, not encoded as 0.
 
     The same numbers come out of `encode` (a whole sequence) and of `step` (one click on a carried state), to within
-    3e-5 in the scores. float32 and complex64 throughout.
+    3e-5 in the scores, in float32 and complex64.
     """
 
     def __init__(self, config: LRURecConfig) -> None:

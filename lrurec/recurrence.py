@@ -89,7 +89,8 @@ class LRU(nn.Module):
         eigenvalues = self.eigenvalues()
         driven = self.drive(x)
         if state is not None:
-            driven = driven.index_add(0, torch.nonzero(position == 0)[:, 0], planes(eigenvalues * state))
+            carried = planes(eigenvalues * state).to(driven.dtype)
+            driven = driven.index_add(0, torch.nonzero(position == 0)[:, 0], carried)
         h = linear_scan(driven, eigenvalues, position)
         return self.read(h), h
 
@@ -97,7 +98,7 @@ class LRU(nn.Module):
         self, x: Float32[Tensor, "b d"], state: Complex64[Tensor, "b h"]
     ) -> tuple[Float[Tensor, "b d"], Complex64[Tensor, "b h"]]:
         """One step of b users: (y, the state after it). `state` is left as it was."""
-        h = self.eigenvalues() * state + from_planes(self.drive(x))
+        h = self.eigenvalues() * state + from_planes(self.drive(x).float())
         return self.read(planes(h)), h
 
 
@@ -137,7 +138,7 @@ class _LinearScan(torch.autograd.Function):
     ) -> Tensor:
         if driven.device.type == "cpu":
             h = torch.empty(driven.shape, dtype=driven.dtype)
-            tokens = memory_of(driven), position.numpy(), memory_of(h)
+            tokens = memory_of(driven.contiguous()), position.numpy(), memory_of(h)
             channels, parts = memory_of(planes(eigenvalues)), _parts(position)
 
             def scan(part: int) -> None:
@@ -146,7 +147,7 @@ class _LinearScan(torch.autograd.Function):
 
             in_threads(scan, len(parts))
         else:
-            h = planes(scan_by_doubling(from_planes(driven), eigenvalues, position))
+            h = scan_by_doubling(driven, eigenvalues, position)
         ctx.save_for_backward(h, eigenvalues, position)
         return h
 
@@ -155,7 +156,7 @@ class _LinearScan(torch.autograd.Function):
         h, eigenvalues, position = ctx.saved_tensors  # type: ignore[attr-defined]
         if grad.device.type == "cpu":
             g = torch.empty(h.shape, dtype=h.dtype)
-            tokens = memory_of(grad), memory_of(h), position.numpy(), memory_of(g)
+            tokens = memory_of(grad.contiguous()), memory_of(h), position.numpy(), memory_of(g)
             channels, parts = memory_of(planes(eigenvalues)), _parts(position)
             summed = torch.empty(len(parts), *channels.shape, dtype=torch.float64)
 
@@ -165,8 +166,7 @@ class _LinearScan(torch.autograd.Function):
 
             in_threads(scan_gradient, len(parts))
             return g, from_planes(summed.sum(0)).to(eigenvalues.dtype), None
-        by_driven, by_eigenvalues = gradient_by_doubling(from_planes(grad), from_planes(h), eigenvalues, position)
-        return planes(by_driven), by_eigenvalues, None
+        return (*gradient_by_doubling(grad, h, eigenvalues, position), None)
 
 
 def _parts(position: Int64[Tensor, " n"]) -> list[slice]:
@@ -179,11 +179,28 @@ def _parts(position: Int64[Tensor, " n"]) -> list[slice]:
     return [slice(first, last) for first, last in pairwise(cuts)] or [slice(0, 0)]
 
 
-def scan_by_doubling(driven: Tensor, eigenvalues: Tensor, position: Tensor) -> Tensor:
-    """`linear_scan` in ⌈log2(longest sequence)⌉ passes over the array, each of which a GPU does in parallel.
+def scan_by_doubling(
+    driven: Float[Tensor, "n 2 h"], eigenvalues: Complex[Tensor, " h"], position: Int64[Tensor, " n"]
+) -> Float[Tensor, "n 2 h"]:
+    """`linear_scan` in ⌈log2(longest sequence)⌉ passes over the array, each of which a GPU does in parallel."""
+    return planes(_doubled(from_planes(driven), eigenvalues, position))
 
-    After the pass of stride s, h_t holds the last 2s terms of its sum.
-    """
+
+def gradient_by_doubling(
+    grad: Float[Tensor, "n 2 h"],
+    h: Float[Tensor, "n 2 h"],
+    eigenvalues: Complex[Tensor, " h"],
+    position: Int64[Tensor, " n"],
+) -> tuple[Float[Tensor, "n 2 h"], Complex[Tensor, " h"]]:
+    """∂L/∂u and ∂L/∂λ of a scan by doubling, of ∂L/∂h."""
+    # Read backwards, each sequence's last token comes first: its distance to the end is the new position.
+    g = _doubled(from_planes(grad).flip(0), eigenvalues.conj(), _distance_to_end(position).flip(0)).flip(0)
+    continues = (position[1:] > 0)[:, None]
+    return planes(g), (g[1:] * from_planes(h)[:-1].conj() * continues).sum(0)
+
+
+def _doubled(driven: Tensor, eigenvalues: Tensor, position: Tensor) -> Tensor:
+    """The scan of complex numbers; after the pass of stride s, h_t holds the last 2s terms of its sum."""
     longest = int(position.max()) + 1 if len(position) else 0
     h, power, stride = driven.clone(), eigenvalues, 1
     while stride < longest:
@@ -192,14 +209,6 @@ def scan_by_doubling(driven: Tensor, eigenvalues: Tensor, position: Tensor) -> T
         h[rows] = torch.addcmul(h[rows], h[rows - stride], power)
         power, stride = power * power, 2 * stride
     return h
-
-
-def gradient_by_doubling(grad: Tensor, h: Tensor, eigenvalues: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """∂L/∂u and ∂L/∂λ of a scan by doubling, of ∂L/∂h."""
-    # Read backwards, each sequence's last token comes first: its distance to the end is the new position.
-    g = scan_by_doubling(grad.flip(0), eigenvalues.conj(), _distance_to_end(position).flip(0)).flip(0)
-    continues = (position[1:] > 0)[:, None]
-    return g, (g[1:] * h[:-1].conj() * continues).sum(0)
 
 
 def _distance_to_end(position: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def scan_gradient(grad, h, eigenvalues, position, grad_driven, grad_eigenvalues)
         grad: (n, 2, h) ∂L/∂h.
         h: (n, 2, h) what `scan` gave.
         eigenvalues: (2, h) λ.
-        position: (n,) int64.
+        position: (n,) int64, as of `scan`: the first is 0.
         grad_driven: (n, 2, h), out: g, which is ∂L/∂u.
         grad_eigenvalues: (2, h) float64, out: sums of sequences in double precision, as there may be many.
 

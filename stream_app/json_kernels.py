@@ -11,7 +11,7 @@ from numba import njit
 #: What a number takes at most: 19 digits and a sign, or five digits after the point of a score.
 NUMBER_BYTES = 20
 
-#: Scores from here on are not whole hundred-thousandths in float64.
+#: Scores below it have ten digits before the point, which `NUMBER_BYTES` has room for.
 LARGEST_SCORE = 1e10
 
 

@@ -14,7 +14,8 @@ Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 """Of the factors of a training step's products on a CPU: those of the blocks, the scores, and their gradients.
 
 bfloat16 rounds factors and products to 8 significant bits and sums in float32: two to three times as fast on a CPU that
-multiplies bfloat16. Weights, states, sums, the softmax and the optimizer stay float32. `auto` is bfloat16 on such a
+multiplies bfloat16. States are carried on in float32 and kept in bfloat16; weights, sums, the softmax and the optimizer
+stay float32. `auto` is bfloat16 on such a
 CPU, float32 elsewhere.
 """
 

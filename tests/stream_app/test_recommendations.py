@@ -121,7 +121,7 @@ wide = texts.filter(bool).filter(lambda text: len(text) <= 40)
 def test_a_recommendation_is_never_larger_than_its_click_and_list_were_taken_for(items, user, event_id, topic, data):
     encoder = RecommendationEncoder(["", *items], "5f0c1d9e2ab34c77")
     rows = data.draw(st.lists(st.sampled_from(range(1, len(items) + 1)), unique=True, min_size=1))
-    scores = data.draw(st.lists(st.floats(width=32, allow_nan=False), min_size=len(rows), max_size=len(rows)))
+    scores = data.draw(st.lists(logits | st.floats(width=32), min_size=len(rows), max_size=len(rows)))
     largest = 2**63 - 1
     lists = one(user, rows, scores, largest, largest, -largest - 1, event_id)
     [value] = encoder.encode(lists, topic, 2**31 - 1, largest)
