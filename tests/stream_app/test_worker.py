@@ -127,7 +127,7 @@ async def test_every_click_gets_one_list_and_each_users_last_is_the_offline_mode
 @pytest.mark.timeout(400)
 async def test_kills_at_any_moment_and_a_lost_disk_lose_and_double_nothing(site: Site, bundle: Bundle) -> None:
     # Between which two steps a kill falls is left to chance here; tests/chaos has one at each.
-    clicks = random_clicks(30_000, users=400, seed=2)
+    clicks = random_clicks(50_000, users=400, seed=2)  # more than six workers get done
     await produce(site, [click(user, item) for user, item in clicks])
     rng = random.Random(3)
     for attempt in range(6):
@@ -139,6 +139,7 @@ async def test_kills_at_any_moment_and_a_lost_disk_lose_and_double_nothing(site:
         if attempt % 2:
             shutil.rmtree(site.folder / "state")
     with WorkerProcess(site, STATE_DTYPE="float16") as worker:
+        worker.wait_ready()
         recommendations = await recommendations_for(site, len(clicks), 90)
         assert worker.terminate() == 0, worker.tail()
         restored = worker.events("restored")
