@@ -3,13 +3,14 @@
 Those are quality, killed_training, memory, rebalance, latency and latest.
 """
 
-from benchmarks import backlog, golden, poison, ranking, recovery, step, training
+from benchmarks import backlog, cost, golden, poison, ranking, recovery, step, training
 
 if __name__ == "__main__":
     golden.main()
     step.main()
     ranking.main()
     training.main()
+    cost.main()
     backlog.main()
     recovery.main()
     poison.main()

@@ -182,11 +182,11 @@ def worker_environment(bootstrap: str, bundle: Path, folder: Path, guarantee: st
 
 
 @contextmanager
-def worker(environment: Mapping[str, str], log: Path) -> Iterator[None]:
+def worker(environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """`stream-app worker`, and its topics before it."""
     subprocess.run([SCRIPTS / "stream-app", "topics"], env=environment, check=True, capture_output=True, timeout=60)
-    with running([str(SCRIPTS / "stream-app"), "worker"], environment, log):
-        yield
+    with running([str(SCRIPTS / "stream-app"), "worker"], environment, log) as process:
+        yield process
 
 
 def prove(environment: Mapping[str, str]) -> None:
@@ -226,12 +226,12 @@ def run_peer(peer: str, bootstrap: str, bundle: Path, folder: Path, number: int,
 
 
 @contextmanager
-def running(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[None]:
+def running(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process for the length of a block, ended by its own id."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
     try:
-        yield
+        yield process
     except TimeoutError:
         sys.exit(f"{command[-2:]} never wrote a recommendation; the end of its log:\n{log.read_text()[-2000:]}")
     finally:
