@@ -1,4 +1,4 @@
-"""How fast a backlog is worked off, beside the program that anybody would write first, Quix Streams, and the limit.
+"""How fast a backlog is worked off, beside the obvious program, Quix Streams, and a loop that copies.
 
     python -m benchmarks.backlog                     400,000 clicks of 50,000 users, 3,416 items, three rounds
     python -m benchmarks.backlog --clicks 100000 --rounds 1

@@ -102,13 +102,13 @@ def test_scores_are_near_keep_their_order_and_print_short(scores):
 
 @pytest.mark.parametrize("score", [1e10, -3e38, 123456789123.0])
 def test_a_score_too_large_for_five_decimals_is_printed_all_the_same(score):
-    first, second = ENCODER.encode(lists_of([row_of(score), row_of(0.123456)]), "clicks", 0, 9)
-    assert json.loads(first)["items"] == [{"item_id": "A", "score": float(np.float32(score))}]
-    assert json.loads(second)["items"] == [{"item_id": "A", "score": 0.12346}]
-
-
-def row_of(score):
-    return "u", [1], [score], 1, 1, 2, None
+    rows = [("ü", [3, 0], [value, -np.inf], 7, 5, -2, event) for value in (score, 0.123456) for event in ("e", None)]
+    first, second, *usual = ENCODER.encode(lists_of(rows), "clicks", 3, 9)
+    assert usual == ENCODER.encode(lists_of(rows[2:]), "clicks", 3, 9)
+    for large, small in zip((first, second), usual, strict=True):
+        items = [{"item_id": "Ä", "score": float(np.float32(score))}]
+        assert json.loads(large) == json.loads(small) | {"items": items}
+        assert list(json.loads(large)) == list(json.loads(small))
 
 
 wide = texts.filter(bool).filter(lambda text: len(text) <= 40)
