@@ -175,6 +175,7 @@ def _decide(x, estimates, first, bound, table, numbers, bias, seen, best_scores,
 @njit(nogil=True, fastmath={"contract"})
 def _bound_from_above(sums, offset, scale, bias, factor, bound, uppers, start):
     """s̃ + bound, what each of a group of items scores at most, for each of a few rows."""
+    # `_estimate` once more: one function for both makes a ranking of 100,000 items take a fifth longer.
     for r in range(factor.shape[0]):
         sums_of_row, out, a, more = sums[r], uppers[r, start : start + ITEMS], factor[r], bound[r]
         for i in range(ITEMS):
