@@ -36,9 +36,10 @@ from benchmarks.machine import processor
 from lrurec.interactions import leave_one_out, read_interactions
 from lrurec.model import LRURec
 from lrurec.threads import limited_threads
+from lrurec.training.encoding import encode
 from lrurec.training.loss import softmax_cross_entropy
 from lrurec.training.presets import Precision, TrainingSettings, preset
-from lrurec.training.run import TrainingRun, encode
+from lrurec.training.run import TrainingRun
 from lrurec.training.windows import Batch, Windows
 
 _SPINS_WHERE_NOBODY_SAYS = "300000"

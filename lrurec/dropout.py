@@ -1,5 +1,9 @@
 """Dropout without masks in memory."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -12,6 +16,19 @@ from lrurec.threads import in_threads
 
 _ELEMENTS_PER_THREAD = 1 << 17
 """At least: waking a thread costs as much as some ten thousand."""
+
+
+_generator: ContextVar[torch.Generator | None] = ContextVar("generator", default=None)
+
+
+@contextmanager
+def drawing_from(generator: torch.Generator) -> Iterator[None]:
+    """Dropout on a CPU draws its keys from this generator instead of torch's own, in the calling thread."""
+    token = _generator.set(generator)
+    try:
+        yield
+    finally:
+        _generator.reset(token)
 
 
 class Dropout(nn.Module):
@@ -31,7 +48,7 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu" or x.dtype not in _KERNELS:
             return functional.dropout(x, self.probability)
-        keys = torch.randint(2**32, (2,), device="cpu").numpy().astype(np.uint32)
+        keys = torch.randint(2**32, (2,), device="cpu", generator=_generator.get()).numpy().astype(np.uint32)
         dropped: Tensor = _Dropped.apply(x, self.probability, keys)
         return dropped
 

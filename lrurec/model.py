@@ -141,7 +141,7 @@ class LRURec(nn.Module):
         if len(packed) and (packed.min() < 1 or packed.max() > self.config.num_items):
             raise ValueError(f"items must be within 1..{self.config.num_items}; unknown items are to be skipped")
         started = lengths > 0
-        x, states = self._run(packed, place[real], state[started])
+        x, states = self._run(self.item_embedding(packed), place[real], state[started])
         last = lengths[started].cumsum(0) - 1
         encodings = x.new_zeros(batch, tokens, self.config.hidden_units)
         encodings[real] = x
@@ -155,11 +155,15 @@ class LRURec(nn.Module):
         `position` counts within each sequence; 0 starts anew from an empty state, whatever came before. The padding
         item may stand here as a sequence of its own: the cold start.
         """
-        return self._run(items, position, None)[0]
+        return self.encode_embedded(self.item_embedding(items), position)
+
+    def encode_embedded(self, embedded: Float32[Tensor, "n d"], position: Positions) -> PackedEncodings:
+        """As `encode_packed`, of the items' rows of the table."""
+        return self._run(embedded, position, None)[0]
 
     def step(self, items: Items, state: UserStates) -> tuple[Encodings, UserStates]:
         """One click of b users, items 1..N: (encodings, states after it). `state` is left as it was."""
-        x = self._embed(items)
+        x = self._normed(self.item_embedding(items))
         after = []
         for index, block in enumerate(self._blocks()):
             x, h = block.step(x, state[:, index])
@@ -181,13 +185,13 @@ class LRURec(nn.Module):
     def _blocks(self) -> Iterator[Block]:
         return cast("Iterator[Block]", iter(self.blocks))
 
-    def _embed(self, items: Tensor) -> Tensor:
-        embedded: Tensor = self.layer_norm(self.dropout(self.item_embedding(items)))
-        return embedded
+    def _normed(self, embedded: Tensor) -> Tensor:
+        normed: Tensor = self.layer_norm(self.dropout(embedded))
+        return normed
 
-    def _run(self, items: Tensor, position: Tensor, state: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def _run(self, embedded: Tensor, position: Tensor, state: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Packed encodings (n, d), and each block's states after every token (n, 2, h)."""
-        x = self._embed(items)
+        x = self._normed(embedded)
         states = []
         for index, block in enumerate(self._blocks()):
             x, h = block(x, position, None if state is None else state[:, index])

@@ -10,10 +10,35 @@ Every loop over channels computes one thing: LLVM vectorises none that touches m
 for each pair that they don't overlap. So they take a quarter of the time of one loop.
 """
 
+from typing import Any
+
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 from lrurec.bfloat16 import narrowed, widened
+
+_CACHE_LINE = 64
+
+_TOKENS_AHEAD = 8
+
+
+@intrinsic
+def _prefetch(typing_context: Any, values: Any, offset: Any) -> Any:
+    """Ask for the cache line at an offset in bytes from the start of an array."""
+    integer, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+    for_reading, keep_near, data = (ir.Constant(integer, value) for value in (0, 3, 1))
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        address = builder.gep(builder.bitcast(array.data, pointer), [arguments[1]])
+        kind = ir.FunctionType(ir.VoidType(), [pointer, integer, integer, integer])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        builder.call(function, [address, for_reading, keep_near, data])
+        return context.get_dummy_value()
+
+    return types.void(values, types.intp), generate
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
@@ -53,8 +78,14 @@ def scan_gradient(grad, h, eigenvalues, position, grad_driven, grad_eigenvalues)
     conjugates = eigenvalues.copy()
     conjugates[1] *= -1
     g, after = np.zeros_like(eigenvalues), np.zeros_like(eigenvalues)
+    size = grad.shape[1] * grad.shape[2] * grad.itemsize
     for s in range(grad.shape[0]):  # counts up: a loop that counts down has an index that might be negative
         t = grad.shape[0] - 1 - s
+        # A processor fetches ahead what is read forwards: backwards, all would wait for memory.
+        if t >= _TOKENS_AHEAD:
+            for offset in range((t - _TOKENS_AHEAD) * size, (t - _TOKENS_AHEAD + 1) * size, _CACHE_LINE):
+                _prefetch(grad, offset)
+                _prefetch(grad_driven, offset)
         _advance(conjugates, after, grad[t], g)
         _store(g, grad_driven[t])
         if position[t] == 0:

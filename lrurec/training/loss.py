@@ -24,6 +24,9 @@ ROWS_PER_TILE = 2048
 
 _ROWS_STEP = 64
 
+_LABELS_PER_THREAD = 1024
+"""At least, for a thread to have its own: it adds a gradient of the whole item table."""
+
 ITEMS_PER_RANGE = 4096
 """About: 16 MiB of scores in bfloat16. The allocator takes blocks above 32 MiB from the system anew every time."""
 
@@ -32,6 +35,9 @@ _ITEMS_STEP = 512
 
 _LARGEST_TOTAL = 1e25
 """Of exponentials above a label's: an item 57 nats above it. Far from float32's limits in the sums and in 1 / total."""
+
+_GREATEST_EXPONENT = np.float32(87.0)
+"""e^87 is finite, and far above the largest total."""
 
 
 def softmax_cross_entropy(
@@ -67,10 +73,10 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
         smoothing: float,
         precision: Precision,
     ) -> Tensor:
-        with one_thread() as threads:
-            scores = _scores_of(weight, bias, precision, threads)
-            loss, grad_encodings = _loss_and_gradients(encodings, scores, labels, smoothing)
-        ctx.save_for_backward(grad_encodings, scores.grad_weight, scores.grad_bias)
+        # Whether there is autograd is for every thread to say: without a graph before it, none comes of it.
+        encodings, weight, bias = encodings.detach(), weight.detach(), bias.detach()
+        loss, *gradients = _in_parts(encodings, weight, bias, labels, smoothing, precision)
+        ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
@@ -83,20 +89,46 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
         return (*gradients, None, None, None)
 
 
+def _in_parts(
+    encodings: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, smoothing: float, precision: Precision
+) -> list[Tensor]:
+    """The loss and its gradients by encodings, weight and bias.
+
+    Where there are labels for it, each thread has its own and meets the others at the end, with a gradient of all
+    items. Where there are few, the threads share out the items of every tile.
+    """
+    n = len(labels)
+    with one_thread() as threads:
+        parts = max(1, min(threads, n // _LABELS_PER_THREAD)) if weight.device.type == "cpu" else 1
+        cuts = [n * part // parts for part in range(parts + 1)]
+        results: list[list[Tensor]] = [[]] * parts
+
+        def compute(part: int) -> None:
+            rows = slice(cuts[part], cuts[part + 1])
+            scores = _scores_of(weight, bias, precision, threads if parts == 1 else 1)
+            loss, grad_encodings = _loss_and_gradients(encodings[rows], scores, labels[rows], smoothing, n)
+            results[part] = [loss, grad_encodings, scores.grad_weight, scores.grad_bias]
+
+        in_threads(compute, parts)
+    losses, grad_encodings, *grad_table = zip(*results, strict=True)
+    loss, *by_table = (sum(each[1:], each[0]) for each in (losses, *grad_table))
+    return [loss, torch.cat(grad_encodings), *by_table]
+
+
 def _loss_and_gradients(
-    encodings: Tensor, scores: "_Scores", labels: Tensor, smoothing: float
+    encodings: Tensor, scores: "_Scores", labels: Tensor, smoothing: float, n: int
 ) -> tuple[Tensor, Tensor]:
-    """The loss and its gradient by the encodings; those by weight and bias are the scores'."""
-    n, num_rows = len(encodings), len(scores.weight)
+    """What some of the n rows contribute to the loss, and its gradient by them; those by the table are the scores'."""
+    num_rows = len(scores.weight)
     weight, grad_weight, grad_bias = scores.weight, scores.grad_weight, scores.grad_bias
     own = (encodings * weight[labels]).sum(1) + scores.bias[labels]
     # The mean score, of which smoothing takes its share, is the score of the mean item: no pass over the scores.
     loss, grad_encodings = encodings.new_zeros(()), torch.zeros_like(encodings)
-    mean_weight, mean_bias = scores.begin(encodings.mean(0), -smoothing / num_rows)
+    mean_weight, mean_bias = scores.begin(encodings.sum(0) / n, len(encodings) / n, -smoothing / num_rows)
     if smoothing:
-        loss += smoothing * (own - encodings @ mean_weight - mean_bias).mean()
+        loss += smoothing / n * (own - encodings @ mean_weight - mean_bias).sum()
         grad_encodings.sub_(mean_weight, alpha=smoothing / n)
-    for tile in _tiles(encodings, labels, own, num_rows):
+    for tile in _tiles(encodings, labels, own, num_rows, n):
         found = scores.exponentials(tile)
         loss += ((found.totals.log() + found.shift - tile.own) * tile.share).sum()
         scale = (tile.share / found.totals)[:, None]
@@ -127,12 +159,12 @@ class _Tile(NamedTuple):
     """Of each row in the mean: 1/n, or 0 for a row of zeros."""
 
 
-def _tiles(encodings: Tensor, labels: Tensor, own: Tensor, num_rows: int) -> Iterator[_Tile]:
+def _tiles(encodings: Tensor, labels: Tensor, own: Tensor, num_rows: int, n: int) -> Iterator[_Tile]:
     size = max(1, min(ROWS_PER_TILE, SCORES_PER_TILE // num_rows))
     for start in range(0, len(encodings), size):
         rows = slice(start, min(start + size, len(encodings)))
         zeros = min(size, _ROWS_STEP * -(-(rows.stop - start) // _ROWS_STEP)) - (rows.stop - start)
-        share = torch.full_like(own[rows], 1 / len(encodings))
+        share = torch.full_like(own[rows], 1 / n)
         yield _Tile(
             rows,
             functional.pad(encodings[rows], (0, 0, 0, zeros)),
@@ -172,10 +204,10 @@ class _Scores:
         self.weight, self.bias = weight, bias
         self.grad_weight, self.grad_bias = torch.empty_like(weight), torch.empty_like(bias)
 
-    def begin(self, mean_encoding: Tensor, share: float) -> tuple[Tensor, Tensor]:
-        """Let every item's gradient begin at this share of the mean encoding; the mean item's weight and bias."""
-        self.grad_weight.copy_(_share_of(mean_encoding, share))
-        self.grad_bias.fill_(share)
+    def begin(self, encoding: Tensor, one: float, share: float) -> tuple[Tensor, Tensor]:
+        """Let every item's gradient begin at a share of this encoding and of `one`; the mean item's weight and bias."""
+        self.grad_weight.copy_(_share_of(encoding, share))
+        self.grad_bias.fill_(one * share)
         return self.weight.mean(0), self.bias.mean()
 
     def exponentials(self, tile: _Tile) -> _Exponentials:
@@ -208,10 +240,10 @@ class _CompiledScores(_Scores):
         self._biases = [bias[items].numpy() for items in self._ranges]
         self._memory = [factor.new_empty(0, len(factor)) for factor in self._factors]
 
-    def begin(self, mean_encoding: Tensor, share: float) -> tuple[Tensor, Tensor]:
-        self.grad_bias.fill_(share)
-        start = _share_of(mean_encoding, share)
-        sums = self.weight.new_empty(len(self._ranges), len(mean_encoding))
+    def begin(self, encoding: Tensor, one: float, share: float) -> tuple[Tensor, Tensor]:
+        self.grad_bias.fill_(one * share)
+        start = _share_of(encoding, share)
+        sums = self.weight.new_empty(len(self._ranges), len(encoding))
 
         def load(part: int) -> None:
             items = self._ranges[part]
@@ -237,7 +269,8 @@ class _CompiledScores(_Scores):
             torch.mm(factor, self._factors[part].T, out=values[part])
             (rows,) = torch.where((tile.labels >= items.start) & (tile.labels < items.stop))
             values[part][rows, tile.labels[rows] - items.start] = -torch.inf
-            loss_kernels.exponentiate(memory_of(values[part]), self._biases[part], tile.own.numpy(), sums[part])
+            scores, own = memory_of(values[part]), tile.own.numpy()
+            loss_kernels.exponentiate(scores, self._biases[part], own, _GREATEST_EXPONENT, sums[part])
             products[part] = values[part] @ self._factors[part]
 
         self._share_out(fill)
@@ -253,9 +286,11 @@ class _CompiledScores(_Scores):
         factor = scaled.to(self._dtype)
 
         def add(part: int) -> None:
-            by_item = values[part].T @ factor
-            self.grad_weight[self._ranges[part]] += by_item[:, :-1]
-            self.grad_bias[self._ranges[part]] += by_item[:, -1]
+            by_item = (
+                factor.T @ values[part]
+            )  # faster than its transpose, and so is an addition of what is copied first
+            self.grad_weight[self._ranges[part]] += by_item[:-1].T.contiguous()
+            self.grad_bias[self._ranges[part]] += by_item[-1]
 
         self._share_out(add)
 
@@ -277,7 +312,7 @@ def _share_of(vector: Tensor, share: float) -> Tensor:
 def _scores_of(weight: Tensor, bias: Tensor, precision: Precision, threads: int) -> _Scores:
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return _Scores(weight, bias)
-    return _CompiledScores(weight.detach().contiguous(), bias.detach().contiguous(), dtype_of(precision), threads)
+    return _CompiledScores(weight.contiguous(), bias.contiguous(), dtype_of(precision), threads)
 
 
 def _item_ranges(num_rows: int, threads: int) -> list[slice]:

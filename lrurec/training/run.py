@@ -8,16 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrurec.array_types import PackedEncodings
 from lrurec.errors import TrainingError
 from lrurec.evaluation import Metrics, lists_by_model, metrics_of, ranks_in
 from lrurec.interactions import HeldOut, Histories
 from lrurec.model import LRURec
 from lrurec.training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from lrurec.training.cooccurrence import cooccurrence_embeddings
+from lrurec.training.encoding import encode
 from lrurec.training.loss import softmax_cross_entropy
-from lrurec.training.precision import dtype_of
-from lrurec.training.presets import Precision, TrainingSettings
+from lrurec.training.presets import TrainingSettings
 from lrurec.training.windows import Batch, Windows, epoch_order
 
 ADAM_EPS = 1e-9
@@ -187,15 +186,6 @@ class TrainingRun:
 def _seed_of(seed: int, step: int) -> int:
     """What a step draws from. Torch's generator on a CPU takes no more than 32 bits of it: both have to be in those."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
-
-
-def encode(model: LRURec, batch: Batch, precision: Precision) -> PackedEncodings:
-    """The encodings of the tokens that have a label, float32; by products of the given precision on a CPU."""
-    device = batch.items.device.type
-    half = device == "cpu" and dtype_of(precision) == torch.bfloat16
-    with torch.autocast(device, torch.bfloat16, enabled=half):
-        encodings = model.encode_packed(batch.items, batch.position)
-    return encodings[: len(batch.labels)]
 
 
 def _set_bias_by_frequency(model: LRURec, train: Histories) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from lrurec.bfloat16 import to_bits
 from lrurec.threads import limited_threads
-from lrurec.training import loss
+from lrurec.training import loss, loss_kernels
 from lrurec.training.loss import softmax_cross_entropy
 
 LABELS = torch.tensor([0, 3, 3, 10, 5, 1, 2])
@@ -27,10 +27,14 @@ def in_one_go(encodings, weight, bias, labels, smoothing=0.0):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("scores_per_tile", [1, 30, 1000])
-def test_tiles_give_the_loss_and_gradients_of_the_whole(monkeypatch, smoothing, scores_per_tile):
+@pytest.mark.parametrize("labels_per_thread", [2, 1000])
+def test_tiles_give_the_loss_and_gradients_of_the_whole(monkeypatch, smoothing, scores_per_tile, labels_per_thread):
     monkeypatch.setattr(loss, "SCORES_PER_TILE", scores_per_tile)
+    monkeypatch.setattr(loss, "_LABELS_PER_THREAD", labels_per_thread)
     inputs = leaves(torch.float64)
-    ours, theirs = 3 * softmax_cross_entropy(*inputs, LABELS, smoothing), 3 * in_one_go(*inputs, LABELS, smoothing)
+    with limited_threads(2):
+        ours = 3 * softmax_cross_entropy(*inputs, LABELS, smoothing)
+    theirs = 3 * in_one_go(*inputs, LABELS, smoothing)
     torch.testing.assert_close(ours, theirs)
     for one, other in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
         torch.testing.assert_close(one, other)
@@ -42,11 +46,12 @@ def test_tiles_give_the_loss_and_gradients_of_the_whole(monkeypatch, smoothing, 
     smoothing=st.sampled_from([0.0, 0.2]),
     threads=st.integers(1, 3),
     rows_per_tile=st.sampled_from([64, 200, 2048]),
+    labels_per_thread=st.sampled_from([50, 1000]),
     seed=st.integers(0, 99),
 )
 @settings(deadline=None, max_examples=40)
 def test_the_compiled_loss_and_its_gradients_are_those_of_the_whole(
-    rows, items, smoothing, threads, rows_per_tile, seed
+    rows, items, smoothing, threads, rows_per_tile, labels_per_thread, seed
 ):
     inputs = leaves(torch.float32, rows, items)
     labels = torch.randint(items, (rows,), generator=torch.manual_seed(seed))
@@ -57,12 +62,29 @@ def test_the_compiled_loss_and_its_gradients_are_those_of_the_whole(
     encodings, weight, bias = magnitudes
     parts = torch.autograd.grad(((encodings * weight[labels]).sum(1) + bias[labels]).mean(), magnitudes)
     # More ranges than threads, and more tiles than one.
-    with limited_threads(threads), patch.multiple(loss, ITEMS_PER_RANGE=512, ROWS_PER_TILE=rows_per_tile):
+    sizes = {"ITEMS_PER_RANGE": 512, "ROWS_PER_TILE": rows_per_tile, "_LABELS_PER_THREAD": labels_per_thread}
+    with limited_threads(threads), patch.multiple(loss, **sizes):
         for precision, loss_tolerance, tolerance in (("float32", 1e-6, 5e-5), ("bfloat16", 5e-3, 1e-2)):
             ours = softmax_cross_entropy(*inputs, labels, smoothing, precision)
             torch.testing.assert_close(ours, theirs, rtol=loss_tolerance, atol=loss_tolerance)
             for one, other, part in zip(torch.autograd.grad(ours, inputs), expected, parts, strict=True):
                 assert (one - other).norm() <= tolerance * (other.norm() + part.norm())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_is_no_number_makes_the_loss_none(precision, which):
+    inputs = [leaf.detach() for leaf in leaves(torch.float32)]
+    inputs[which][6] = torch.nan
+    assert softmax_cross_entropy(*inputs, LABELS, 0.0, precision).isnan()
+
+
+def test_exponentials_are_those_of_float64_within_what_is_said():
+    x = np.linspace(-86, 80, 200_001, dtype=np.float32)
+    found, sums = x[None].copy(), np.empty(1, np.float32)
+    loss_kernels.exponentiate(found, np.zeros_like(x), np.zeros(1, np.float32), np.float32(87), sums)
+    error = np.abs(found[0] / np.exp(x.astype(np.float64)) - 1)
+    assert (error <= 3e-7 + 7e-8 * np.abs(x)).all()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -1,0 +1,99 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from lrurec import recurrence
+from lrurec.config import LRURecConfig
+from lrurec.dropout import Dropout
+from lrurec.interactions import Histories
+from lrurec.model import LRURec
+from lrurec.threads import limited_threads
+from lrurec.training.encoding import encode
+from lrurec.training.windows import Windows
+
+
+@pytest.fixture
+def batch():
+    return Windows.cut(Histories(np.array([3, 4, 5, 6, 9, 11], np.int32), np.array([0, 4, 6])), 50).batch(np.arange(2))
+
+
+def test_tokens_with_a_label_are_encoded_in_float32_exactly_where_that_is_asked_for(small_model, batch):
+    model = copy.deepcopy(small_model).eval()
+    exact = model.encode_packed(batch.items, batch.position)[: len(batch.labels)]
+    assert torch.equal(encode(model, batch, "float32"), exact)
+
+
+def test_bfloat16_rounds_what_the_blocks_multiply(small_model, batch):
+    model = copy.deepcopy(small_model).eval()
+    exact, rounded = (encode(model, batch, precision).detach() for precision in ("float32", "bfloat16"))
+    assert rounded.dtype == torch.float32
+    assert 1e-5 < float((rounded - exact).norm() / exact.norm()) < 2e-2
+
+
+@pytest.fixture
+def large_batch():
+    generator = np.random.default_rng(4)
+    lengths = generator.integers(1, 40, 60)
+    items = generator.integers(1, 12, lengths.sum(), dtype=np.int32)
+    return Windows.cut(Histories(items, np.concatenate([[0], lengths.cumsum()])), 50).batch(np.arange(60))
+
+
+@pytest.fixture
+def shared_out(monkeypatch):
+    """Few tokens are enough for a thread."""
+    monkeypatch.setattr(recurrence, "_TOKENS_PER_THREAD", 16)
+
+
+def encodings_and_gradients(model, batch, precision="float32", threads=3):
+    with limited_threads(threads):
+        torch.manual_seed(6)
+        encodings = encode(model, batch, precision)
+        seen = torch.randn(encodings.shape, generator=torch.Generator().manual_seed(2))
+        parameters = [value for name, value in model.named_parameters() if name != "item_bias"]
+        return encodings.detach(), torch.autograd.grad((encodings * seen).sum(), parameters)
+
+
+@pytest.mark.usefixtures("shared_out")
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+def test_threads_encode_and_go_back_as_one_does(small_model, large_batch, precision, tolerance):
+    model = copy.deepcopy(small_model).eval()
+    encodings, gradients = encodings_and_gradients(model, large_batch, precision, threads=3)
+    in_one_go = model.encode_packed(large_batch.items, large_batch.position)[: len(large_batch.labels)]
+    torch.testing.assert_close(encodings, in_one_go.detach(), rtol=tolerance, atol=10 * tolerance)
+    seen = torch.randn(in_one_go.shape, generator=torch.Generator().manual_seed(2))
+    named = [(name, value) for name, value in model.named_parameters() if name != "item_bias"]
+    expected = torch.autograd.grad((in_one_go * seen).sum(), [value for _, value in named])
+    for (name, _), one, other in zip(named, gradients, expected, strict=True):
+        assert (one - other).norm() <= 5 * tolerance * other.norm(), name
+
+
+@pytest.mark.usefixtures("shared_out")
+def test_the_same_seed_drops_the_same_in_every_thread(large_batch):
+    torch.manual_seed(1)
+    model = LRURec(LRURecConfig(num_items=12, hidden_units=8, dropout=0.4)).train()
+    first, again = (encodings_and_gradients(model, large_batch) for _ in range(2))
+    assert torch.equal(first[0], again[0])
+    assert all(map(torch.equal, first[1], again[1]))
+
+
+@pytest.mark.usefixtures("shared_out")
+def test_threads_drop_differently():
+    torch.manual_seed(1)
+    model = LRURec(LRURecConfig(num_items=12, hidden_units=8, dropout=0.4)).train()
+    lengths = np.full(4, 20)
+    alike = Histories(np.tile(np.arange(1, 11, dtype=np.int32), 8), np.concatenate([[0], lengths.cumsum()]))
+    batch = Windows.cut(alike, 50).batch(np.arange(4))
+    encodings = encodings_and_gradients(model, batch, threads=4)[0].view(4, 20, -1)
+    assert len({tuple(each.flatten().tolist()) for each in encodings}) == 4
+
+
+@pytest.mark.usefixtures("shared_out")
+def test_an_error_in_a_thread_is_raised(small_model, large_batch, monkeypatch):
+    def fail(self, x):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(Dropout, "forward", fail)
+    with pytest.raises(MemoryError, match="no more"):
+        encodings_and_gradients(copy.deepcopy(small_model), large_batch)
