@@ -139,7 +139,7 @@ class _LinearScan(torch.autograd.Function):
         if driven.device.type == "cpu":
             h = torch.empty(driven.shape, dtype=driven.dtype)
             tokens = memory_of(driven.contiguous()), position.numpy(), memory_of(h)
-            channels, parts = memory_of(planes(eigenvalues)), runs_of_sequences(position)
+            channels, parts = memory_of(planes(eigenvalues)), runs_of_sequences(position, _TOKENS_PER_THREAD)
 
             def scan(part: int) -> None:
                 u, places, out = (values[parts[part]] for values in tokens)
@@ -157,7 +157,7 @@ class _LinearScan(torch.autograd.Function):
         if grad.device.type == "cpu":
             g = torch.empty(h.shape, dtype=h.dtype)
             tokens = memory_of(grad.contiguous()), memory_of(h), position.numpy(), memory_of(g)
-            channels, parts = memory_of(planes(eigenvalues)), runs_of_sequences(position)
+            channels, parts = memory_of(planes(eigenvalues)), runs_of_sequences(position, _TOKENS_PER_THREAD)
             summed = torch.empty(len(parts), *channels.shape, dtype=torch.float64)
 
             def scan_gradient(part: int) -> None:
@@ -169,10 +169,10 @@ class _LinearScan(torch.autograd.Function):
         return (*gradient_by_doubling(grad, h, eigenvalues, position), None)
 
 
-def runs_of_sequences(position: Int64[Tensor, " n"]) -> list[slice]:
-    """Runs of whole sequences for the threads, of about as many tokens each; few tokens stay together."""
+def runs_of_sequences(position: Int64[Tensor, " n"], tokens_per_run: int) -> list[slice]:
+    """Runs of whole sequences for the threads, about as long as each other; fewer where they would be too short."""
     tokens = len(position)
-    count = max(1, min(torch.get_num_threads(), tokens // _TOKENS_PER_THREAD))
+    count = max(1, min(torch.get_num_threads(), tokens // tokens_per_run))
     starts = np.flatnonzero(position.numpy() == 0) if count > 1 else np.empty(0, np.int64)
     wanted = np.searchsorted(starts, [tokens * part // count for part in range(1, count)])
     cuts = sorted({0, tokens, *starts[wanted[wanted < len(starts)]].tolist()})

@@ -17,6 +17,9 @@ from lrurec.training.precision import dtype_of
 from lrurec.training.presets import Precision
 from lrurec.training.windows import Batch, padded_size
 
+_TOKENS_PER_THREAD = 2048
+"""At least: each thread calls all operators, and those of few tokens take no longer than their calls."""
+
 
 def encode(model: LRURec, batch: Batch, precision: Precision) -> PackedEncodings:
     """The encodings of the tokens that have a label, float32; by products of the given precision on a CPU.
@@ -25,31 +28,32 @@ def encode(model: LRURec, batch: Batch, precision: Precision) -> PackedEncodings
     operator after the other, has them wait for each other a hundred times a step.
     """
     embedded = model.item_embedding(batch.items)
-    how = _How(model, batch.position, precision)
-    if embedded.device.type == "cpu":
-        encodings: Tensor = _SharedOut.apply(how, embedded, *how.parameters())
+    if embedded.device.type != "cpu":
+        return model.encode_embedded(embedded, batch.position)[: len(batch.labels)]
+    how = _How(model, batch.position, half=dtype_of(precision) == torch.bfloat16)
+    parts = runs_of_sequences(batch.position, _TOKENS_PER_THREAD)
+    encodings: Tensor
+    if len(parts) == 1:
+        encodings = how.encode(embedded, parts[0])
     else:
-        encodings = model.encode_embedded(embedded, batch.position)
+        # What belongs to an item comes in before this and after.
+        parameters = [value for name, value in model.named_parameters() if not name.startswith("item_")]
+        encodings = _SharedOut.apply(how, parts, embedded, *parameters)
     return encodings[: len(batch.labels)]
 
 
 class _How(NamedTuple):
     model: LRURec
     position: Positions
-    precision: Precision
+    half: bool
 
-    def parameters(self) -> list[Tensor]:
-        """All but those that an item has."""
-        return [value for name, value in self.model.named_parameters() if not name.startswith("item_")]
-
-    def encode(self, embedded: Tensor, part: slice, generator: torch.Generator) -> Tensor:
-        """Of some sequences, in the calling thread."""
+    def encode(self, embedded: Tensor, part: slice) -> Tensor:
+        """The sequences of a part, of which `embedded` is, in the calling thread."""
         tokens = part.stop - part.start
         zeros = padded_size(tokens) - tokens
         x, position = functional.pad(embedded, (0, 0, 0, zeros)), functional.pad(self.position[part], (0, zeros))
-        half = dtype_of(self.precision) == torch.bfloat16
-        # The cache of autocast is one for all threads.
-        with drawing_from(generator), torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
+        # Without autocast's cache of weights, which is one for all threads.
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half, cache_enabled=False):
             return self.model.encode_embedded(x, position)[:tokens]
 
 
@@ -57,15 +61,14 @@ class _SharedOut(torch.autograd.Function):
     """Every thread keeps the graph of its own sequences from forward to backward."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, how: _How, embedded: Tensor, *parameters: Tensor) -> Tensor:
-        parts = runs_of_sequences(how.position)
+    def forward(ctx: FunctionCtx, how: _How, parts: list[slice], embedded: Tensor, *parameters: Tensor) -> Tensor:
         generators = [torch.Generator().manual_seed(int(seed)) for seed in torch.randint(2**62, (len(parts),))]
         leaves = [embedded[part].detach().requires_grad_() for part in parts]
         results: list[Tensor] = [embedded] * len(parts)
 
         def encode(part: int) -> None:
-            with torch.enable_grad():
-                results[part] = how.encode(leaves[part], parts[part], generators[part])
+            with torch.enable_grad(), drawing_from(generators[part]):
+                results[part] = how.encode(leaves[part], parts[part])
 
         in_threads(encode, len(parts))
         ctx.graphs = parts, leaves, results, parameters  # type: ignore[attr-defined]
@@ -83,4 +86,4 @@ class _SharedOut(torch.autograd.Function):
 
         in_threads(go_back, len(parts))
         by_embedded, *by_parameters = zip(*gradients, strict=True)
-        return None, torch.cat(by_embedded), *(sum(each[1:], each[0]) for each in by_parameters)
+        return None, None, torch.cat(by_embedded), *(sum(each[1:], each[0]) for each in by_parameters)

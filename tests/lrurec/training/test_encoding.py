@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from lrurec import recurrence
 from lrurec.config import LRURecConfig
 from lrurec.dropout import Dropout
 from lrurec.interactions import Histories
 from lrurec.model import LRURec
 from lrurec.threads import limited_threads
+from lrurec.training import encoding
 from lrurec.training.encoding import encode
 from lrurec.training.windows import Windows
 
@@ -43,7 +43,7 @@ def large_batch():
 @pytest.fixture
 def shared_out(monkeypatch):
     """Few tokens are enough for a thread."""
-    monkeypatch.setattr(recurrence, "_TOKENS_PER_THREAD", 16)
+    monkeypatch.setattr(encoding, "_TOKENS_PER_THREAD", 16)
 
 
 def encodings_and_gradients(model, batch, precision="float32", threads=3):
