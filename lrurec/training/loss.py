@@ -25,7 +25,10 @@ ROWS_PER_TILE = 2048
 _ROWS_STEP = 64
 
 _LABELS_PER_THREAD = 1024
-"""At least, for a thread to have its own: it adds a gradient of the whole item table."""
+"""At least, for a thread to have its own."""
+
+_ITEMS_PER_LABEL = 4
+"""At most, of a thread with its own labels: it keeps a gradient of the whole item table."""
 
 ITEMS_PER_RANGE = 4096
 """About: 16 MiB of scores in bfloat16. The allocator takes blocks above 32 MiB from the system anew every time."""
@@ -97,16 +100,18 @@ def _in_parts(
     Where there are labels for it, each thread has its own and meets the others at the end, with a gradient of all
     items. Where there are few, the threads share out the items of every tile.
     """
-    n = len(labels)
+    n, num_rows = len(labels), len(weight)
+    enough = max(_LABELS_PER_THREAD, num_rows // _ITEMS_PER_LABEL)
     with one_thread() as threads:
-        parts = max(1, min(threads, n // _LABELS_PER_THREAD)) if weight.device.type == "cpu" else 1
+        parts = max(1, min(threads, n // enough)) if weight.device.type == "cpu" else 1
+        tile_size = max(1, min(ROWS_PER_TILE, SCORES_PER_TILE // (num_rows * parts)))
         cuts = [n * part // parts for part in range(parts + 1)]
         results: list[list[Tensor]] = [[]] * parts
 
         def compute(part: int) -> None:
             rows = slice(cuts[part], cuts[part + 1])
             scores = _scores_of(weight, bias, precision, threads if parts == 1 else 1)
-            loss, grad_encodings = _loss_and_gradients(encodings[rows], scores, labels[rows], smoothing, n)
+            loss, grad_encodings = _loss_and_gradients(encodings[rows], scores, labels[rows], smoothing, n, tile_size)
             results[part] = [loss, grad_encodings, scores.grad_weight, scores.grad_bias]
 
         in_threads(compute, parts)
@@ -116,7 +121,7 @@ def _in_parts(
 
 
 def _loss_and_gradients(
-    encodings: Tensor, scores: "_Scores", labels: Tensor, smoothing: float, n: int
+    encodings: Tensor, scores: "_Scores", labels: Tensor, smoothing: float, n: int, tile_size: int
 ) -> tuple[Tensor, Tensor]:
     """What some of the n rows contribute to the loss, and its gradient by them; those by the table are the scores'."""
     num_rows = len(scores.weight)
@@ -128,7 +133,7 @@ def _loss_and_gradients(
     if smoothing:
         loss += smoothing / n * (own - encodings @ mean_weight - mean_bias).sum()
         grad_encodings.sub_(mean_weight, alpha=smoothing / n)
-    for tile in _tiles(encodings, labels, own, num_rows, n):
+    for tile in _tiles(encodings, labels, own, tile_size, n):
         found = scores.exponentials(tile)
         loss += ((found.totals.log() + found.shift - tile.own) * tile.share).sum()
         scale = (tile.share / found.totals)[:, None]
@@ -159,8 +164,7 @@ class _Tile(NamedTuple):
     """Of each row in the mean: 1/n, or 0 for a row of zeros."""
 
 
-def _tiles(encodings: Tensor, labels: Tensor, own: Tensor, num_rows: int, n: int) -> Iterator[_Tile]:
-    size = max(1, min(ROWS_PER_TILE, SCORES_PER_TILE // num_rows))
+def _tiles(encodings: Tensor, labels: Tensor, own: Tensor, size: int, n: int) -> Iterator[_Tile]:
     for start in range(0, len(encodings), size):
         rows = slice(start, min(start + size, len(encodings)))
         zeros = min(size, _ROWS_STEP * -(-(rows.stop - start) // _ROWS_STEP)) - (rows.stop - start)
