@@ -23,7 +23,7 @@ _generator: ContextVar[torch.Generator | None] = ContextVar("generator", default
 
 @contextmanager
 def drawing_from(generator: torch.Generator) -> Iterator[None]:
-    """Dropout on a CPU draws its keys from this generator instead of torch's own, in the calling thread."""
+    """Dropout of float32 and bfloat16 on a CPU draws from this generator, not from torch's, in the calling thread."""
     token = _generator.set(generator)
     try:
         yield
@@ -34,9 +34,9 @@ def drawing_from(generator: torch.Generator) -> Iterator[None]:
 class Dropout(nn.Module):
     """x ↦ x ∘ keep / (1 - p) in training, x otherwise, as nn.Dropout.
 
-    On a CPU which elements are kept is a hash of their index and of 64 bits drawn from torch's generator, computed once
-    more in the gradient: torch's own, which draws every element, was half of a forward pass. The same generator state
-    drops the same whatever the number of threads.
+    On a CPU which elements are kept is a hash of their index and of 64 bits drawn from torch's generator, or the one of
+    `drawing_from`, computed once more in the gradient: torch's own, which draws every element, was half of a forward
+    pass. The same generator state drops the same whatever the number of threads.
     """
 
     def __init__(self, probability: float) -> None:

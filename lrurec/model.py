@@ -150,7 +150,7 @@ class LRURec(nn.Module):
         return encodings, after
 
     def encode_packed(self, items: PackedItems, position: Positions) -> PackedEncodings:
-        """The encoding after every token of sequences laid end to end; what training runs.
+        """The encoding after every token of sequences laid end to end.
 
         `position` counts within each sequence; 0 starts anew from an empty state, whatever came before. The padding
         item may stand here as a sequence of its own: the cold start.
@@ -158,7 +158,7 @@ class LRURec(nn.Module):
         return self.encode_embedded(self.item_embedding(items), position)
 
     def encode_embedded(self, embedded: Float32[Tensor, "n d"], position: Positions) -> PackedEncodings:
-        """As `encode_packed`, of the items' rows of the table."""
+        """As `encode_packed`, of the items' rows of the table; what training runs."""
         return self._run(embedded, position, None)[0]
 
     def step(self, items: Items, state: UserStates) -> tuple[Encodings, UserStates]:

@@ -170,7 +170,7 @@ class _LinearScan(torch.autograd.Function):
 
 
 def runs_of_sequences(position: Int64[Tensor, " n"], tokens_per_run: int) -> list[slice]:
-    """Runs of whole sequences for the threads, about as long as each other; fewer where they would be too short."""
+    """Runs of whole sequences, at most one for a thread, of about as many tokens each; fewer where there are few."""
     tokens = len(position)
     count = max(1, min(torch.get_num_threads(), tokens // tokens_per_run))
     starts = np.flatnonzero(position.numpy() == 0) if count > 1 else np.empty(0, np.int64)

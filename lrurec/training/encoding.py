@@ -1,7 +1,6 @@
 """The encodings that training learns from, computed by threads that share out the histories of a batch."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,59 +17,60 @@ from lrurec.training.presets import Precision
 from lrurec.training.windows import Batch, padded_size
 
 _TOKENS_PER_THREAD = 2048
-"""At least: each thread calls all operators, and those of few tokens take no longer than their calls."""
+"""About, for the threads to share them out: each calls all operators, and those of few tokens last as long as calls."""
 
 
 def encode(model: LRURec, batch: Batch, precision: Precision) -> PackedEncodings:
     """The encodings of the tokens that have a label, float32; by products of the given precision on a CPU.
 
-    On a CPU each thread encodes whole sequences and goes back through them: torch's own way, all threads at one
-    operator after the other, has them wait for each other a hundred times a step.
+    On a CPU each thread encodes whole sequences and goes back through them, if there are tokens enough: torch's own
+    way, all threads at one operator after the other, has them wait for each other a hundred times a step. The graph
+    can be gone back through once then, and a hook of a parameter sees the gradients of every thread.
     """
+    device, threads = batch.items.device.type, torch.get_num_threads()
+    half = device == "cpu" and dtype_of(precision) == torch.bfloat16
+
+    def encode_embedded(embedded: Tensor, position: Positions) -> Tensor:
+        # Without autocast's cache of weights, which is one for all threads.
+        with torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=False):
+            return model.encode_embedded(embedded, position)
+
     embedded = model.item_embedding(batch.items)
-    if embedded.device.type != "cpu":
-        return model.encode_embedded(embedded, batch.position)[: len(batch.labels)]
-    how = _How(model, batch.position, half=dtype_of(precision) == torch.bfloat16)
-    parts = runs_of_sequences(batch.position, _TOKENS_PER_THREAD)
     encodings: Tensor
-    if len(parts) == 1:
-        encodings = how.encode(embedded, parts[0])
+    if device != "cpu" or threads == 1 or len(embedded) < threads * _TOKENS_PER_THREAD:
+        encodings = encode_embedded(embedded, batch.position)
     else:
         # What belongs to an item comes in before this and after.
-        parameters = [value for name, value in model.named_parameters() if not name.startswith("item_")]
-        encodings = _SharedOut.apply(how, parts, embedded, *parameters)
+        others = [value for name, value in model.named_parameters() if not name.startswith("item_")]
+        learned = [value for value in others if value.requires_grad]
+        encodings = _SharedOut.apply(encode_embedded, batch.position, embedded, *learned)
     return encodings[: len(batch.labels)]
-
-
-class _How(NamedTuple):
-    model: LRURec
-    position: Positions
-    half: bool
-
-    def encode(self, embedded: Tensor, part: slice) -> Tensor:
-        """The sequences of a part, of which `embedded` is, in the calling thread."""
-        tokens = part.stop - part.start
-        zeros = padded_size(tokens) - tokens
-        x, position = functional.pad(embedded, (0, 0, 0, zeros)), functional.pad(self.position[part], (0, zeros))
-        # Without autocast's cache of weights, which is one for all threads.
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.half, cache_enabled=False):
-            return self.model.encode_embedded(x, position)[:tokens]
 
 
 class _SharedOut(torch.autograd.Function):
     """Every thread keeps the graph of its own sequences from forward to backward."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, how: _How, parts: list[slice], embedded: Tensor, *parameters: Tensor) -> Tensor:
-        generators = [torch.Generator().manual_seed(int(seed)) for seed in torch.randint(2**62, (len(parts),))]
+    def forward(
+        ctx: FunctionCtx,
+        encode_embedded: Callable[[Tensor, Positions], Tensor],
+        position: Positions,
+        embedded: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        parts = runs_of_sequences(position, _TOKENS_PER_THREAD)
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in torch.randint(2**32, (len(parts),))]
         leaves = [embedded[part].detach().requires_grad_() for part in parts]
         results: list[Tensor] = [embedded] * len(parts)
 
-        def encode(part: int) -> None:
+        def go_ahead(part: int) -> None:
+            tokens = len(leaves[part])
+            zeros = padded_size(tokens) - tokens  # for oneDNN: see `Batch`
+            places = functional.pad(position[parts[part]], (0, zeros))
             with torch.enable_grad(), drawing_from(generators[part]):
-                results[part] = how.encode(leaves[part], parts[part])
+                results[part] = encode_embedded(functional.pad(leaves[part], (0, 0, 0, zeros)), places)[:tokens]
 
-        in_threads(encode, len(parts))
+        in_threads(go_ahead, len(parts))
         ctx.graphs = parts, leaves, results, parameters  # type: ignore[attr-defined]
         return torch.cat([result.detach() for result in results])
 

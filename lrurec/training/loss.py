@@ -25,7 +25,7 @@ ROWS_PER_TILE = 2048
 _ROWS_STEP = 64
 
 _LABELS_PER_THREAD = 1024
-"""At least, for a thread to have its own."""
+"""At least, for every thread to have its own."""
 
 _ITEMS_PER_LABEL = 4
 """At most, of a thread with its own labels: it keeps a gradient of the whole item table."""
@@ -103,7 +103,7 @@ def _in_parts(
     n, num_rows = len(labels), len(weight)
     enough = max(_LABELS_PER_THREAD, num_rows // _ITEMS_PER_LABEL)
     with one_thread() as threads:
-        parts = max(1, min(threads, n // enough)) if weight.device.type == "cpu" else 1
+        parts = threads if weight.device.type == "cpu" and n >= threads * enough else 1
         tile_size = max(1, min(ROWS_PER_TILE, SCORES_PER_TILE // (num_rows * parts)))
         cuts = [n * part // parts for part in range(parts + 1)]
         results: list[list[Tensor]] = [[]] * parts

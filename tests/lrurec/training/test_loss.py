@@ -1,3 +1,4 @@
+import threading
 from unittest.mock import patch
 
 import numpy as np
@@ -40,6 +41,28 @@ def test_tiles_give_the_loss_and_gradients_of_the_whole(monkeypatch, smoothing, 
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize(("labels", "own_tables"), [(30, 3), (29, 1)])
+def test_every_thread_has_its_own_labels_where_there_are_enough(monkeypatch, labels, own_tables):
+    made, begin = [], loss._CompiledScores.begin
+    monkeypatch.setattr(loss, "_LABELS_PER_THREAD", 10)
+    monkeypatch.setattr(
+        loss._CompiledScores, "begin", lambda self, *args: (made.append(threading.get_ident()), begin(self, *args))[1]
+    )
+    with limited_threads(3):
+        softmax_cross_entropy(*leaves(torch.float32, rows=labels), torch.arange(labels) % 11)
+    assert len(made) == len(set(made)) == own_tables
+
+
+@pytest.mark.parametrize(("items", "own_tables"), [(48, 3), (52, 1)])
+def test_a_table_that_is_large_beside_the_labels_is_no_threads_own(monkeypatch, items, own_tables):
+    made, begin = [], loss._CompiledScores.begin
+    monkeypatch.setattr(loss, "_LABELS_PER_THREAD", 1)
+    monkeypatch.setattr(loss._CompiledScores, "begin", lambda self, *args: (made.append(self), begin(self, *args))[1])
+    with limited_threads(3):
+        softmax_cross_entropy(*leaves(torch.float32, rows=36, items=items), torch.arange(36))
+    assert len(made) == own_tables
+
+
 @given(
     rows=st.integers(1, 600),
     items=st.integers(1, 1_100) | st.integers(1_100, 4_000),
@@ -80,11 +103,21 @@ def test_what_is_no_number_makes_the_loss_none(precision, which):
 
 
 def test_exponentials_are_those_of_float64_within_what_is_said():
-    x = np.linspace(-86, 80, 200_001, dtype=np.float32)
-    found, sums = x[None].copy(), np.empty(1, np.float32)
-    loss_kernels.exponentiate(found, np.zeros_like(x), np.zeros(1, np.float32), np.float32(87), sums)
-    error = np.abs(found[0] / np.exp(x.astype(np.float64)) - 1)
+    x = np.linspace(-86.9, 87, 200_001, dtype=np.float32)
+    error = np.abs(exponentials(x) / np.exp(x.astype(np.float64)) - 1)
     assert (error <= 3e-7 + 7e-8 * np.abs(x)).all()
+
+
+def test_exponents_are_cut_to_where_exponentials_are_finite_and_above_zero():
+    least, most = exponentials([-86.9, 87.0])
+    assert 0 < least < most < np.inf
+    assert exponentials([-np.inf, -1e30, -88, 88, 1e30, np.inf, np.nan]).tolist() == [least] * 3 + [most] * 4
+
+
+def exponentials(x):
+    values, sums = np.array([x], np.float32), np.empty(1, np.float32)
+    loss_kernels.exponentiate(values, np.zeros_like(values[0]), np.zeros(1, np.float32), np.float32(87), sums)
+    return values[0]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
