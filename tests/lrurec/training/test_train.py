@@ -21,7 +21,7 @@ from lrurec.evaluation import evaluate
 from lrurec.interactions import Histories, Interactions, read_interactions
 from lrurec.threads import limited_threads
 from lrurec.training import command as train_command
-from lrurec.training import only_one, run
+from lrurec.training import encoding, loss, only_one, run
 from lrurec.training import train as training
 from lrurec.training.checkpoint import checkpoint_of
 from lrurec.training.loss import softmax_cross_entropy
@@ -244,6 +244,24 @@ def test_a_training_that_was_broken_off_goes_on_to_the_same_weights(tmp_path, un
     assert reports[0].step > interrupted_at
     assert_equal_weights(resumed, unbroken)
     assert resumed.metadata == unbroken.metadata
+
+
+def test_threads_that_share_out_a_batch_train_the_same_again_also_after_a_break(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "_TOKENS_PER_THREAD", 4)
+    monkeypatch.setattr(loss, "_LABELS_PER_THREAD", 4)
+    shared, settings = [], dataclasses.replace(SETTINGS, max_steps=30, threads=2)
+    apply = encoding._SharedOut.apply
+    monkeypatch.setattr(encoding._SharedOut, "apply", lambda *args: (shared.append(1), apply(*args))[1])
+
+    def interrupt(report):
+        if report.step >= 20:
+            raise Interrupted
+
+    unbroken, checkpoint = train(cyclic_log(), settings), tmp_path / "c.safetensors"
+    assert len(shared) == 30
+    with pytest.raises(Interrupted):
+        train(cyclic_log(), settings, checkpoint=checkpoint, on_report=interrupt)
+    assert_equal_weights(train(cyclic_log(), settings, checkpoint=checkpoint), unbroken)
 
 
 def test_the_loss_is_gone_on_from_between_two_validations(tmp_path, unbroken, monkeypatch):
