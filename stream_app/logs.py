@@ -10,7 +10,10 @@ import time
 from collections.abc import Callable
 
 import structlog
+from aiokafka.errors import ConsumerStoppedError
 
+from lrurec.errors import LRURecError
+from stream_app.errors import StreamAppError
 from stream_app.settings import Settings
 
 #: Loggers that warn of what is usual, such as each heartbeat during a rebalance; at level debug they say everything.
@@ -71,6 +74,16 @@ def hide_credentials(record: logging.LogRecord) -> bool:
     return True
 
 
+def without_what_is_explained(record: logging.LogRecord) -> bool:
+    """Lets every message through; of an error that the worker ends with, in words, it leaves out the traceback.
+
+    Faust logs the crash of each of its services.
+    """
+    if record.exc_info and isinstance(record.exc_info[1], (StreamAppError, LRURecError, ConsumerStoppedError)):
+        record.exc_info = None
+    return True
+
+
 def configure_logging(settings: Settings) -> None:
     """Route structlog and the standard library's loggers to stderr in the chosen format."""
     shared: list[structlog.typing.Processor] = [
@@ -91,6 +104,8 @@ def configure_logging(settings: Settings) -> None:
     )
     level = settings.log_level.upper()
     handler.addFilter(hide_credentials)
+    if level != "DEBUG":
+        handler.addFilter(without_what_is_explained)
     logging.basicConfig(level=level, handlers=[handler], force=True)
     seldom = OnceInAWhile(_QUIET_SECONDS)
     if level != "DEBUG":

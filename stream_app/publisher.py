@@ -201,7 +201,12 @@ class Publisher:
             except MessageSizeTooLargeError:
                 continue
             return
-        raise MessageSizeTooLargeError(f"not even the reason of a dead letter fits {topic}")
+        raise no_room_for_a_reason(topic)
+
+
+def no_room_for_a_reason(topic: str) -> WorkerError:
+    """Kafka refuses what is left of a dead letter."""
+    return WorkerError(f"not even the reason of a dead letter fits topic {topic}: raise its max.message.bytes")
 
 
 def _add(letter: DeadLetter, batch: Batch) -> bool:

@@ -18,7 +18,16 @@ from typing import Any, cast
 from weakref import WeakSet
 
 from aiokafka.consumer.fetcher import READ_UNCOMMITTED
-from aiokafka.errors import NoError, UnknownMemberIdError, for_code
+from aiokafka.errors import (
+    GroupAuthorizationFailedError,
+    InconsistentGroupProtocolError,
+    InvalidGroupIdError,
+    InvalidSessionTimeoutError,
+    KafkaError,
+    NoError,
+    UnknownMemberIdError,
+    for_code,
+)
 from aiokafka.protocol.group import HeartbeatRequest
 from aiokafka.structs import OffsetAndMetadata
 from faust import Schema
@@ -44,6 +53,15 @@ _WAIT_SECONDS = 0.1
 
 #: How much longer a poll may take that a rebalance falls into.
 _REBALANCE_SECONDS = 1.0
+
+
+_REFUSALS = (
+    GroupAuthorizationFailedError,
+    InconsistentGroupProtocolError,
+    InvalidGroupIdError,
+    InvalidSessionTimeoutError,
+)
+"""Of Kafka, to a worker that wants to join its group; to ask again doesn't help."""
 
 
 class RecordBatchSchema(Schema):
@@ -184,6 +202,13 @@ class RecordBatchConsumer(driver.Consumer):
         self._to_open: set[TP] = set()
         self._settled = False
         self._log_starts: dict[TP, int] = {}
+
+    @property
+    def refusal(self) -> KafkaError | None:
+        """Why Kafka will not have this worker in its group. aiokafka keeps it for who polls, and nobody polls yet."""
+        client = getattr(self._thread, "_consumer", None)
+        found = getattr(client and client._coordinator, "_pending_exception", None)
+        return found if isinstance(found, _REFUSALS) else None
 
     def _new_consumer_thread(self) -> _Thread:
         return _Thread(self, loop=self.loop, beacon=self.beacon)

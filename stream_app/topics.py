@@ -23,6 +23,7 @@ from stream_app.topic_metadata import describe
 
 _POLICY = "cleanup.policy"
 _MAX_BYTES = "max.message.bytes"
+_LEAST_DEAD_LETTER_BYTES = 2_048
 # What a worker writes gets Kafka's time: by the worker's own, Kafka would refuse it when that clock is an hour ahead.
 _KAFKAS_TIME = {"message.timestamp.type": "LogAppendTime"}
 _POLL_SECONDS = 0.05
@@ -122,6 +123,12 @@ def mismatches(wanted: WantedTopic, found: FoundTopic, settings: Settings) -> li
             f"topic {wanted.name} has {_POLICY}={found.policy}, wanted {' or '.join(wanted.policies)} ({wanted.why}):"
             f" kafka-configs.sh --bootstrap-server {settings.broker} --alter --entity-type topics"
             f" --entity-name {wanted.name} --add-config {_POLICY}={wanted.policies[0]}"
+        )
+    if wanted.name == settings.dead_letter_topic and found.max_message_bytes < _LEAST_DEAD_LETTER_BYTES:
+        wrong.append(
+            f"topic {wanted.name} has {_MAX_BYTES}={found.max_message_bytes}, wanted {_LEAST_DEAD_LETTER_BYTES:,} at"
+            f" least (the reason of a dead letter would not fit): kafka-configs.sh --bootstrap-server {settings.broker}"
+            f" --alter --entity-type topics --entity-name {wanted.name} --add-config {_MAX_BYTES}={_DEAD_LETTER_BYTES}"
         )
     return wrong
 

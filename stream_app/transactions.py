@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError, ProducerFenced
+from aiokafka.errors import InvalidTransactionTimeout, KafkaError, ProducerFenced
 from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
@@ -29,7 +29,7 @@ from stream_app.delivery import Delivery, Topics
 from stream_app.errors import BrokerUnavailable, WorkerError
 from stream_app.messages import DeadLetter
 from stream_app.micro_batch import Outbox
-from stream_app.publisher import BATCH_BYTES, Batch, by_partition, fill, forms_of, offsets_of
+from stream_app.publisher import BATCH_BYTES, Batch, by_partition, fill, forms_of, no_room_for_a_reason, offsets_of
 
 #: Seconds that Kafka waits longer for the end of a transaction than the worker does.
 _SLACK_SECONDS = 5.0
@@ -121,6 +121,12 @@ class ExactlyOnce(Delivery[Transactions]):
         try:
             async with asyncio.timeout(self._connection["request_timeout_ms"] / 1000):
                 await asyncio.gather(*(producer.start() for producer in self._producers.values()))
+        except InvalidTransactionTimeout:
+            raise WorkerError(
+                f"Kafka allows no transaction of {self._timeout_seconds + _SLACK_SECONDS:g} seconds, "
+                f"{_SLACK_SECONDS:g} more than STREAM_APP_BROKER_TIMEOUT_SECONDS: lower that, or raise the brokers' "
+                "transaction.max.timeout.ms"
+            ) from None
         except (TimeoutError, KafkaError) as error:
             servers = ",".join(self._connection["bootstrap_servers"])
             raise BrokerUnavailable(
@@ -164,7 +170,7 @@ class ExactlyOnce(Delivery[Transactions]):
             [alone] = fill(self._new_batch, [record])
             if alone.size() <= self._limits.dead_letter:
                 return record
-        raise MessageSizeTooLargeError(f"not even the reason of a dead letter fits {self._topics.dead_letters}")
+        raise no_room_for_a_reason(self._topics.dead_letters)
 
     async def send_outputs(self, parcel: Transactions) -> None:
         """Run the transactions: outputs and states leave together, and the two steps that follow find all done."""

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import structlog
 import uvloop
-from aiokafka.errors import KafkaError
+from aiokafka.errors import InvalidSessionTimeoutError, KafkaError
 from faust.exceptions import ConsistencyError
 from threadpoolctl import threadpool_limits
 
@@ -112,7 +112,7 @@ async def _work(parts: Parts, stop: asyncio.Event, topics: Mapping[str, FoundTop
     pipeline = asyncio.create_task(parts.pipeline.run(), name="pipeline")
     progress = asyncio.create_task(report_progress(parts), name="progress")
     starting = asyncio.create_task(parts.app.start(), name="start")  # ends when the states are restored
-    stuck = asyncio.create_task(_until_stuck(parts, settings.broker_timeout_seconds + _STUCK_SECONDS), name="stuck")
+    stuck = asyncio.create_task(_until_stuck(parts, settings), name="stuck")
     changed = asyncio.create_task(
         watch_topics(settings, topics, _TOPICS_SECONDS, lambda: is_ready(parts.app)), name="topics"
     )
@@ -122,13 +122,24 @@ async def _work(parts: Parts, stop: asyncio.Event, topics: Mapping[str, FoundTop
         await _drain(parts, pipeline, settings.shutdown_seconds - leaving_seconds)
     except Exception as error:  # noqa: BLE001  (whatever it is, going on could lose or double clicks)
         # A topic that is no longer the same shows in many ways before the watch looks again.
-        cause = error if isinstance(error, TopicsError) else await find_change(settings, topics, leaving_seconds / 2)
-        await _end_process(parts, cause or error, leaving_seconds / 2)
+        each = leaving_seconds * 0.4  # the rest is for what is between the two
+        cause = error if isinstance(error, TopicsError) else await _within(each, find_change(settings, topics, each))
+        await _end_process(parts, cause or error, each)
     finally:
         others = (progress, stuck, changed, pipeline)
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+
+
+async def _within(seconds: float, step: Coroutine[Any, Any, _Result]) -> _Result | None:
+    """What a step gives; None after so long, also if it does not end when it is cancelled. The process ends soon."""
+    doing = asyncio.create_task(step)
+    await asyncio.wait({doing}, timeout=seconds)
+    if doing.done():
+        return doing.result()
+    doing.cancel()
+    return None
 
 
 def _leaving_seconds(settings: Settings) -> float:
@@ -189,25 +200,43 @@ def _explained(reason: BaseException, folder: Path) -> Exception:
         )
     if isinstance(reason, (StreamAppError, LRURecError)):
         return reason
+    if isinstance(reason, OSError) and reason.filename and Path(str(reason.filename)).is_relative_to(folder):
+        return WorkerError(
+            f"{reason.filename} in the state folder can't be used ({reason.strerror}): see to its disk and its "
+            "permissions, or name another folder by STREAM_APP_STATE_DIR; what is missing there is restored"
+        )
     if isinstance(reason, KafkaError):
         return WorkerError(f"Kafka is away, or does not answer: {reason!r}")
     return WorkerError(f"Faust stopped: {reason!r}")
 
 
-async def _until_stuck(parts: Parts, seconds: float) -> None:
+async def _until_stuck(parts: Parts, settings: Settings) -> None:
     """Watch that the worker becomes ready, whatever keeps it from that.
 
     Raises:
-        WorkerError: for so long it was neither ready nor restored a state.
+        WorkerError: for long it was neither ready nor restored a state, or Kafka does not let it into the group.
     """
+    seconds = settings.broker_timeout_seconds + _STUCK_SECONDS
     seen, since = -1, time.monotonic()
     while True:
         await asyncio.sleep(0.5)
+        if refusal := cast("RecordBatchConsumer", parts.app.consumer).refusal:
+            raise _explained_refusal(refusal, settings)
         restored = parts.table.store.restored
         if is_settled(parts.app) or restored != seen:
             seen, since = restored, time.monotonic()
         if time.monotonic() - since > seconds:
             raise WorkerError(f"the worker was neither ready nor restored a state for {seconds:g} seconds")
+
+
+def _explained_refusal(reason: KafkaError, settings: Settings) -> WorkerError:
+    if isinstance(reason, InvalidSessionTimeoutError):
+        return WorkerError(
+            f"Kafka refused STREAM_APP_SESSION_TIMEOUT_SECONDS={settings.session_timeout_seconds:g}: it has to lie "
+            "between the brokers' group.min.session.timeout.ms (6 seconds, if nobody changed it) and "
+            "group.max.session.timeout.ms (30 minutes)"
+        )
+    return WorkerError(f"Kafka did not let this worker into the consumer group {settings.app_id}: {reason!r}")
 
 
 async def _drain(parts: Parts, pipeline: asyncio.Task[None], seconds: float) -> None:
@@ -239,8 +268,7 @@ async def _end_process(parts: Parts, error: Exception, leaving_seconds: float) -
     unexpected = not isinstance(error, (StreamAppError, LRURecError))
     log.error("ended", error=str(error) or repr(error), exc_info=error if unexpected else None)
     try:
-        async with asyncio.timeout(leaving_seconds):
-            await cast("RecordBatchConsumer", parts.app.consumer).leave_group()
+        await _within(leaving_seconds, cast("RecordBatchConsumer", parts.app.consumer).leave_group())
     except (Exception, asyncio.CancelledError) as further:  # noqa: BLE001  (the first error is the one to report)
         log.warning("leaving the group failed", error=repr(further))
     # Its newline in the same write: another thread may log meanwhile.

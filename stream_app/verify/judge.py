@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
-
 _MOST_LEVELS = 1024
 
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|.)")

@@ -30,6 +30,8 @@ class Report:
     acknowledged_clicks: int = 0
     """Theirs before the group's committed offsets."""
     unknown_items: int = 0
+    passed_over: int = 0
+    """Clicks of users outside the sample."""
     poison: int = 0
     states: int = 0
     recommendations: int = 0
@@ -57,8 +59,8 @@ class Report:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there are clicks and none of them could be verified."""
-        return bool(self.clicks) and not self.verified_users
+        """Whether there are clicks and none of them could be verified, or was among the sample."""
+        return bool(self.clicks or self.passed_over) and not self.verified_users
 
     @property
     def clean(self) -> bool:
@@ -82,6 +84,8 @@ class Report:
             f" {self.worst_score_error:.2e} standard deviations",
             f"{self.poison:,} records that are no clicks, {self.dead_letters:,} dead letters",
         ]
+        if self.passed_over:
+            lines.append(f"{self.passed_over:,} more clicks of users outside the sample")
         if self.unverifiable_users:
             lines.append(f"{self.unverifiable_users:,} users have clicks that the log no longer holds: not verified")
         if self.overtaken_users:

@@ -130,6 +130,8 @@ class _Reading:
                 self._add(Entry(Kind.POISON, 0, 0, place, bytes_digest(record.key, record.value)))
             elif click.item_id not in rows:
                 report.unknown_items += 1
+            elif not self.ledger.keeps(click.user):
+                report.passed_over += 1
             else:
                 payload = click_payload(rows[click.item_id], click.timestamp_ms, click.event_id)
                 self._add(Entry(Kind.CLICK, record.partition, record.offset, click.user, payload))

@@ -82,6 +82,24 @@ except OSError:
     assert "hunter2" not in done.stderr
 
 
+@pytest.mark.parametrize(("error", "traceback"), [("WorkerError", False), ("ValueError", True)])
+def test_what_the_worker_ends_with_in_words_has_no_traceback_from_a_library(error, traceback):
+    program = f"""
+import logging, os
+from stream_app.errors import WorkerError
+from stream_app.logs import configure_logging
+from stream_app.settings import Settings
+configure_logging(Settings.from_environment(os.environ))
+try:
+    raise {error}("the disk is full")
+except {error}:
+    logging.getLogger("mode.services").exception("crashed")
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env={}, capture_output=True, text=True, timeout=60, check=True)
+    assert ("exception" in json.loads(done.stderr)) == traceback
+
+
 def test_requests_that_carry_credentials_are_logged_by_name_alone():
     record = made("Request to %s:%d %d: %s")
     record.args = ("kafka", 9092, 3, SaslAuthenticateRequest_v0(b"\0me\0hunter2"))

@@ -104,6 +104,14 @@ async def test_another_partition_count_is_refused(settings, create, topic):
         await ensure_topics(settings)
 
 
+async def test_a_dead_letter_topic_that_has_no_room_for_a_reason_is_refused(settings, admin, create):
+    await create(settings.dead_letter_topic, 1, "delete")
+    topic = ConfigResource(ConfigResourceType.TOPIC, settings.dead_letter_topic, configs={"max.message.bytes": "2047"})
+    await admin.alter_configs([topic])
+    with pytest.raises(TopicsError, match=r"max.message.bytes=2047, wanted 2,048 at least .*kafka-configs.sh"):
+        await ensure_topics(settings)
+
+
 async def test_recommendations_may_have_any_partition_count(settings, create):
     await create(settings.recommendations_topic, 5, "compact")
     await ensure_topics(settings)

@@ -555,6 +555,36 @@ def test_what_cannot_work_is_refused_at_start_in_one_line(
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("where", ["v1", "v1/tables"])
+def test_a_file_where_a_folder_of_states_should_be_is_one_line_that_says_where(site: Site, where: str) -> None:
+    path = site.folder / "state" / site.name / where
+    path.parent.mkdir(parents=True)
+    path.touch()
+    result = run_command(["worker"], site.environment(WEB_PORT="0"))
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("{")]
+    assert str(path) in line
+    assert "STREAM_APP_STATE_DIR" in line
+    assert "Traceback" not in result.stderr
+
+
+async def test_times_that_kafka_refuses_are_named_with_its_own_settings(bundle_folder: Path, tmp_path: Path) -> None:
+    properties = {"group.min.session.timeout.ms": "6000", "transaction.max.timeout.ms": "12000"}
+    with LocalBroker(tmp_path / "kafka", port=0, properties=properties) as broker:
+        site = Site(broker.bootstrap, "app", bundle_folder, tmp_path)
+        site.create_topics()
+        short = run_command(["worker"], site.environment(WEB_PORT="0", SESSION_TIMEOUT_SECONDS="3"))
+        long = {"GUARANTEE": "exactly_once", "BROKER_TIMEOUT_SECONDS": "5", "SESSION_TIMEOUT_SECONDS": "6"}
+        exact = run_command(["worker"], site.environment(WEB_PORT="0", **long))
+    for result, names in (
+        (short, ["STREAM_APP_SESSION_TIMEOUT_SECONDS=3", "group.min.session.timeout.ms"]),
+        (exact, ["15 seconds", "STREAM_APP_BROKER_TIMEOUT_SECONDS", "transaction.max.timeout.ms"]),
+    ):
+        assert result.returncode == 1
+        (line,) = [line for line in result.stderr.splitlines() if not line.startswith("{")]
+        assert all(name in line for name in names), result.stderr
+
+
 def test_states_of_another_model_are_refused_not_mixed(site: Site, tmp_path: Path) -> None:
     asyncio.run(produce(site, [click("u", "1")]))
     with WorkerProcess(site):

@@ -252,6 +252,13 @@ async def test_a_sample_holds_some_users_and_finds_what_is_wrong_with_them(stage
     assert faults_of(spoilt) == {"wrong_states": half.users}
 
 
+async def test_a_sample_without_a_user_verifies_nothing_and_says_so(stage: Stage) -> None:
+    report = await stage.verify(sample=1e-10)
+    assert report.passed_over == 400
+    assert not report.clean
+    assert report.as_text().endswith("NOTHING VERIFIED")
+
+
 async def test_users_whose_first_clicks_are_gone_are_counted_and_not_blamed(
     stage: Stage, admin: AIOKafkaAdminClient
 ) -> None:
