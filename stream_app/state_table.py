@@ -20,7 +20,7 @@ import shutil
 import struct
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -36,6 +36,7 @@ from stream_app.errors import StateError, foreign_record
 from stream_app.record_batches import ChangelogRecords, RecordBatchSchema, records_of
 from stream_app.recovery import OutspokenRecovery
 from stream_app.topic_metadata import NO_ID
+from stream_app.write_chain import WriteChain
 
 #: Named apart from this module: mode gives each service its module's logger, and those are quieted (see logs.py).
 logger = logging.getLogger("stream_app.local_state")
@@ -111,6 +112,7 @@ class UserStateStore(SerializedStore):
         self._identity = self.layout.header + struct.pack("<q", self.layout.dtype.itemsize)
         self._cache = rocksdict.Cache(options.cache_bytes)
         self._databases: dict[int, rocksdict.Rdict] = {}
+        self._chains: dict[int, WriteChain] = {}
         self._standbys: set[int] = set()  # partitions of other workers, whose changelogs are followed
         self.restored = 0  # changelog records of own partitions applied so far: a recovery that goes on is seen by it
 
@@ -301,9 +303,10 @@ class UserStateStore(SerializedStore):
             raise StateError(f"partition {partition} of {self.table_name} is not assigned to this worker") from None
 
     def _write(self, partition: int, rows: Iterable[Row], offset: int, overtaken: frozenset[bytes]) -> None:
-        batch = rocksdict.WriteBatch(raw_mode=True)
+        batch, size = rocksdict.WriteBatch(raw_mode=True), 0
         for key, state in rows:
             batch.put(key, state)
+            size += len(key) + len(state)
         batch.put(_CHANGELOG_OFFSET, _OFFSET.pack(offset))
         before = self._overtaken.get(partition, frozenset())
         for key in overtaken - before:
@@ -311,7 +314,9 @@ class UserStateStore(SerializedStore):
         for key in before - overtaken:
             batch.delete(_OVERTAKEN + key)
         with self._disk_errors_explained(partition):
-            self._database(partition).write(batch)
+            database = self._database(partition)
+            self._chains[partition].extend(batch, size)
+            database.write(batch)
         self._overtaken[partition] = overtaken
 
     def _open(self, partition: int) -> rocksdict.Rdict:
@@ -322,11 +327,13 @@ class UserStateStore(SerializedStore):
             is_of_layout = database.get(_LAYOUT) in {None, self._identity}
             is_of_changelog = database.get(_CHANGELOG_ID) in {None, NO_ID, self._changelog_id}
             self._overtaken[partition] = _overtaken_in(database)
+            self._chains[partition] = _chain_of(database)
             if is_of_layout and is_of_changelog:
                 self._label(database)  # may be what finds it damaged: nothing is written to a database that is
         except Exception as error:  # noqa: BLE001  (rocksdict raises bare Exception for every damage)
             if database is not None:
-                database.close()
+                with suppress(Exception):  # one that is damaged may say so once more
+                    database.close()
             if _IN_USE.search(str(error)):
                 raise StateError(
                     f"the state folder {path} is in use by another worker; give each its own STREAM_APP_STATE_DIR"
@@ -348,6 +355,7 @@ class UserStateStore(SerializedStore):
 
     def _close(self, partition: int) -> None:
         self._overtaken.pop(partition, None)
+        self._chains.pop(partition, None)
         self._following.pop(partition, None)
         try:
             self._databases.pop(partition).close()
@@ -382,6 +390,7 @@ class UserStateStore(SerializedStore):
             database = rocksdict.Rdict(str(path), options=self._options())
             self._label(database)
             self._overtaken[partition] = frozenset()
+            self._chains[partition] = WriteChain(database)
         except Exception as error:  # noqa: BLE001
             raise StateError(f"the state folder {path} can't be used: {reason}; {error}") from None
         logger.warning(
@@ -455,6 +464,18 @@ def _unusable(path: Path, error: Exception) -> StateError:
         f"the state folder {path} can't be used ({error}): see to its disk and start the worker again; what is missing "
         "there is restored from the changelog"
     )
+
+
+def _chain_of(database: rocksdict.Rdict) -> WriteChain:
+    """The chain of writes of a database.
+
+    Raises:
+        StateError: the database is not all that was written to it.
+    """
+    chain = WriteChain(database)
+    if database.get(_CHANGELOG_OFFSET) is not None and not chain.count:
+        raise StateError("it holds states, and nothing that says how many writes there were")
+    return chain
 
 
 def _overtaken_in(database: rocksdict.Rdict) -> frozenset[bytes]:

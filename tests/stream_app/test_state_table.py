@@ -398,6 +398,25 @@ async def test_a_database_that_is_found_damaged_as_it_is_labelled_is_begun_anew(
     await store.stop()
 
 
+async def test_a_database_that_lacks_a_part_of_what_was_written_is_begun_anew(tmp_path, caplog):
+    for offset in range(3):  # a part each
+        store = await assign_in(tmp_path)
+        store.persist(0, STATES.items(), offset)
+        if offset:
+            del store._databases[0][b"\xff\xffpart\xff" + bytes(8)]
+        await store.stop()
+    assert await after_a_restart(tmp_path) == ({}, None)
+    assert "parts" in caplog.records[0].data["reason"]
+
+
+async def test_a_database_that_nothing_says_is_whole_is_begun_anew(tmp_path):
+    store = await assign_in(tmp_path)
+    store.persist(0, STATES.items(), 7)
+    del store._databases[0][b"\xff\xffpart\xff" + bytes(8)]
+    await store.stop()
+    assert await after_a_restart(tmp_path) == ({}, None)
+
+
 async def test_a_damaged_database_is_kept_aside_for_a_look(whole, tmp_path, database, caplog):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (database / "CURRENT").write_bytes(b"MANIF")
