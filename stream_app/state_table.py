@@ -36,7 +36,7 @@ from stream_app.errors import StateError, foreign_record
 from stream_app.record_batches import ChangelogRecords, RecordBatchSchema, records_of
 from stream_app.recovery import OutspokenRecovery
 from stream_app.topic_metadata import NO_ID
-from stream_app.write_chain import WriteChain
+from stream_app.write_chain import PART_BYTES, WriteChain
 
 #: Named apart from this module: mode gives each service its module's logger, and those are quieted (see logs.py).
 logger = logging.getLogger("stream_app.local_state")
@@ -303,10 +303,9 @@ class UserStateStore(SerializedStore):
             raise StateError(f"partition {partition} of {self.table_name} is not assigned to this worker") from None
 
     def _write(self, partition: int, rows: Iterable[Row], offset: int, overtaken: frozenset[bytes]) -> None:
-        batch, size = rocksdict.WriteBatch(raw_mode=True), 0
+        batch = rocksdict.WriteBatch(raw_mode=True)
         for key, state in rows:
             batch.put(key, state)
-            size += len(key) + len(state)
         batch.put(_CHANGELOG_OFFSET, _OFFSET.pack(offset))
         before = self._overtaken.get(partition, frozenset())
         for key in overtaken - before:
@@ -314,9 +313,8 @@ class UserStateStore(SerializedStore):
         for key in before - overtaken:
             batch.delete(_OVERTAKEN + key)
         with self._disk_errors_explained(partition):
-            database = self._database(partition)
-            self._chains[partition].extend(batch, size)
-            database.write(batch)
+            self._database(partition)  # refuses one that is not assigned
+            self._chains[partition].write(batch)
         self._overtaken[partition] = overtaken
 
     def _open(self, partition: int) -> rocksdict.Rdict:
@@ -407,7 +405,7 @@ class UserStateStore(SerializedStore):
         options = rocksdict.Options(raw_mode=True)
         options.create_if_missing(True)
         options.set_block_based_table_factory(blocks)
-        options.set_write_buffer_size(16 << 20)
+        options.set_write_buffer_size(2 * PART_BYTES)  # which is not reached
         options.set_max_write_buffer_number(2)
         options.set_max_background_jobs(2)
         options.set_keep_log_file_num(2)

@@ -3,11 +3,12 @@
 Every file of a database has checksums, but nothing tells that the list of files is whole. Where the end of its MANIFEST
 is cut off, RocksDB takes that for the end: it opens the database without the files that were named there, and applies
 the log that was written after them. What those files held is missing from the middle, without an error, and the newest
-offset stands above it.
+offset stands above it. A log that is cut off between two of its records, with another one behind it, does the same.
 
-So writes are counted, in parts. A part has a row of its own, which says how many writes there were when it began and
-how many with its last one; each row has to begin where the row before it ended. What is missing from the middle was in
-files, and the log that was written after them is shorter than what is kept of the chain: a gap always shows in it.
+So writes are counted, in parts, one for each file: a part ends when its writes are flushed, or with the process. It has
+a row of its own, which says how many writes there were when it began and how many with its last one; each row has to
+begin where the row before it ended. What lies behind a gap are logs that were not flushed yet, which are two parts at
+most: a gap always shows in the rows that are kept.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import rocksdict
 
 from stream_app.errors import StateError
 
-PART_BYTES = 1 << 20
-"""Of keys and values, after which another part begins. One begins whenever a database is opened, too."""
+PART_BYTES = 16 << 20
+"""What a part takes in memory until it is flushed, about. RocksDB's own limit has to be well above."""
 
 PARTS_KEPT = 64
-"""More than go into the log behind the newest file, which are two write buffers."""
+
+_ROW_BYTES = 100
+"""What RocksDB needs beside each key and value, at most."""
 
 # User keys are UTF-8, in which the byte 0xff does not occur.
 _PREFIX = b"\xff\xffpart\xff"
@@ -33,10 +36,10 @@ _COUNTS = struct.Struct("<QQ")
 
 
 class WriteChain:
-    """The rows of a database that was opened, and the one to come.
+    """The rows of a database that was opened, and the one to come. All but what describes it is written through here.
 
     Args:
-        database: in raw mode; read from alone.
+        database: in raw mode.
 
     Raises:
         StateError: something is missing from the middle of the database.
@@ -47,20 +50,24 @@ class WriteChain:
     """Writes so far."""
 
     def __init__(self, database: rocksdict.Rdict) -> None:
-        last, count = _last_of(database)
-        self._number = last + 1
-        self._start = self.count = count
-        self._bytes = 0
+        self._database = database
+        last, self.count = _last_of(database)
+        self._begin_part(last + 1)
 
-    def extend(self, batch: rocksdict.WriteBatch, size: int) -> None:
-        """Count a batch of so many bytes of keys and values; its row goes into the batch."""
-        if self._bytes >= PART_BYTES:
-            self._number, self._start, self._bytes = self._number + 1, self.count, 0
-        if not self._bytes and self._number >= PARTS_KEPT:
+    def _begin_part(self, number: int) -> None:
+        self._number, self._start, self._bytes = number, self.count, 0
+
+    def write(self, batch: rocksdict.WriteBatch) -> None:
+        """Write a batch, which is used up. Blocks; raises what RocksDB does."""
+        if self.count == self._start and self._number >= PARTS_KEPT:
             batch.delete(_key(self._number - PARTS_KEPT))
+        batch.put(_key(self._number), _COUNTS.pack(self._start, self.count + 1))
+        self._bytes += batch.size_in_bytes() + _ROW_BYTES * batch.len()
+        self._database.write(batch)
         self.count += 1
-        self._bytes += max(size, 1)
-        batch.put(_key(self._number), _COUNTS.pack(self._start, self.count))
+        if self._bytes >= PART_BYTES:
+            self._database.flush(wait=False)
+            self._begin_part(self._number + 1)
 
 
 def _key(number: int) -> bytes:

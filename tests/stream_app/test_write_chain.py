@@ -19,10 +19,13 @@ from stream_app.write_chain import PARTS_KEPT, WriteChain
 def open_database(path: Path) -> rocksdict.Rdict:
     options = rocksdict.Options(raw_mode=True)
     options.create_if_missing(True)
-    options.set_write_buffer_size(64 << 10)  # the least that RocksDB takes
+    options.set_write_buffer_size(32 << 20)
     options.set_max_write_buffer_number(2)
     options.set_wal_recovery_mode(rocksdict.DBRecoveryMode.point_in_time())
     return rocksdict.Rdict(str(path), options=options)
+
+
+SMALL_PART = 2_000
 
 
 class Writer:
@@ -42,8 +45,7 @@ class Writer:
             self._number += 1
             key, batch = self._key(self._number), rocksdict.WriteBatch(raw_mode=True)
             batch.put(key, b"%*d" % (self._value_bytes, self._number))
-            self.chain.extend(batch, len(key) + self._value_bytes)
-            self.database.write(batch)
+            self.chain.write(batch)
 
     def _key(self, number: int) -> bytes:
         return b"user-%d" % random.Random(number).randrange(self._keys)
@@ -57,22 +59,21 @@ class Writer:
         return {key: int(value) for key, value in database.items() if key.startswith(b"user-")} == last
 
 
-def write_and_be_killed(path: Path, keys: int, value_bytes: int, first: int, times: int) -> None:
+def write_and_be_killed(
+    path: Path, keys: int, value_bytes: int, first: int, times: int, part_bytes: int = SMALL_PART
+) -> None:
     """In a process of its own."""
     program = f"""
 import os
 from pathlib import Path
 from stream_app import write_chain
-from tests.stream_app.test_write_chain import SMALL_PART, Writer
-write_chain.PART_BYTES = SMALL_PART
+from tests.stream_app.test_write_chain import Writer
+write_chain.PART_BYTES = {part_bytes}
 writer = Writer(Path({str(path)!r}), {keys}, {value_bytes}, {first})  # kept: without it the database is closed
 writer.write({times})
 os._exit(0)
 """
     subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True, timeout=60)
-
-
-SMALL_PART = 2_000
 
 
 @pytest.fixture
@@ -100,24 +101,63 @@ def test_a_list_of_files_that_is_cut_off_anywhere_makes_no_gap_that_is_not_notic
         shutil.copytree(tmp_path / "killed", copy)
         with manifest_of(copy).open("r+b") as file:
             file.truncate(length)
-        try:
-            database = open_database(copy)
-        except Exception:  # noqa: BLE001  (rocksdict raises no other: RocksDB itself noticed)
-            shutil.rmtree(copy)
-            continue
-        try:
-            count = WriteChain(database).count
-        except StateError:
-            gaps += 1
-        else:
-            prefixes += 1
-            assert writer.holds_its_first(database, count), length
-        finally:
-            database.close()
-            shutil.rmtree(copy)
+        found = what_is_found(copy, writer)
+        gaps, prefixes = gaps + (found == "gap"), prefixes + (found == "prefix")
     writer.database.close()
     assert gaps
     assert prefixes
+
+
+def what_is_found(path: Path, writer: Writer) -> str:
+    """Of a copy, which is removed. No gap may be taken for a prefix."""
+    try:
+        database = open_database(path)
+    except Exception:  # noqa: BLE001  (rocksdict raises no other)
+        shutil.rmtree(path)
+        return "damage"
+    try:
+        count = WriteChain(database).count
+    except StateError:
+        return "gap"
+    else:
+        assert writer.holds_its_first(database, count)
+        return "prefix"
+    finally:
+        database.close()
+        shutil.rmtree(path)
+
+
+def test_nor_does_a_log_that_is_cut_off_before_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part_bytes, value_bytes, writes = 8 << 20, 200_000, 44  # flushed once, three writes before the kill
+    ends = []
+    with monkeypatch.context() as patch:
+        patch.setattr(write_chain, "PART_BYTES", 1 << 30)
+        writer = Writer(tmp_path / "other", 30, value_bytes)
+        for _ in range(writes):
+            writer.write(1)
+            ends.append(logs_of(writer.path)[0].stat().st_size)
+    for attempt in range(20):  # the flush may have ended first
+        killed = tmp_path / f"killed-{attempt}"
+        write_and_be_killed(killed, 30, value_bytes, 1, writes, part_bytes)
+        if len(logs_of(killed)) > 1:
+            break
+    first = logs_of(killed)[0]
+    boundaries = [end for end in ends if end <= first.stat().st_size]
+    seen = set()
+    for end in [*boundaries[-3:], boundaries[5] - 1, boundaries[5], 0]:
+        copy = tmp_path / "copy"
+        shutil.copytree(killed, copy)
+        with (copy / first.name).open("r+b") as file:
+            file.truncate(end)
+        seen.add(what_is_found(copy, writer))
+    writer.database.close()
+    assert "gap" in seen
+    assert "prefix" in seen
+
+
+def logs_of(path: Path) -> list[Path]:
+    """Those that hold something, the oldest first."""
+    return sorted(log for log in path.glob("*.log") if log.stat().st_size)
 
 
 @pytest.mark.usefixtures("_small_parts")
