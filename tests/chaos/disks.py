@@ -81,13 +81,17 @@ class Disk:
             raise OSError(f"{self.folder} can't be given {size} bytes")
 
     def harm(self, harm: Harm, rng: random.Random) -> None:
-        """Lose everything, cut the end off one file, or change bytes in one."""
+        """Lose everything, cut the end off one file, or change bytes in one.
+
+        In a third of the cases in a list of files: RocksDB itself does not miss the end of one.
+        """
         files = [path for path in sorted(self.folder.rglob("*")) if path.is_file() and path.stat().st_size]
         if harm == "lost" or not files:
             for path in self.folder.iterdir():
                 shutil.rmtree(path)
             return
-        path = rng.choice(files)
+        lists = [path for path in files if path.name.startswith("MANIFEST")]
+        path = rng.choice(lists if lists and rng.random() < 1 / 3 else files)
         content = bytearray(path.read_bytes())
         if harm == "cut":
             del content[rng.randrange(len(content)) :]
