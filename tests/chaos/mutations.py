@@ -13,11 +13,9 @@ import numpy as np
 import stream_app.delivery
 import stream_app.micro_batch
 import stream_app.state_table
-import stream_app.write_chain
 from stream_app.delivery import AtLeastOnce
 from stream_app.pipeline import Pipeline
 from stream_app.state_table import Restored, UserStateStore
-from stream_app.write_chain import WriteChain
 
 
 def acknowledge_early() -> None:
@@ -77,17 +75,10 @@ def drop_the_fence() -> None:
     restore_without_the_guard()
 
 
-def trust_the_local_disk() -> None:
-    """A database that opens without an error is taken for all that was written to it."""
-    stream_app.write_chain._last_of = lambda database: (-1, 0)
-    stream_app.state_table._chain_of = WriteChain
-
-
 MUTATIONS: dict[str, Callable[[], None]] = {
     "acknowledge-early": acknowledge_early,
     "swap-outputs-and-changelog": swap_outputs_and_changelog,
     "apply-twice": apply_twice,
     "restore-without-the-guard": restore_without_the_guard,
     "drop-the-fence": drop_the_fence,
-    "trust-the-local-disk": trust_the_local_disk,
 }
