@@ -123,9 +123,8 @@ class ExactlyOnce(Delivery[Transactions]):
                 await asyncio.gather(*(producer.start() for producer in self._producers.values()))
         except InvalidTransactionTimeout:
             raise WorkerError(
-                f"Kafka allows no transaction of {self._timeout_seconds + _SLACK_SECONDS:g} seconds, "
-                f"{_SLACK_SECONDS:g} more than STREAM_APP_BROKER_TIMEOUT_SECONDS: lower that, or raise the brokers' "
-                "transaction.max.timeout.ms"
+                f"Kafka allows no transaction of {self._timeout_seconds + _SLACK_SECONDS:g} seconds, which is ten more "
+                "than STREAM_APP_BROKER_TIMEOUT_SECONDS: lower that, or raise the brokers' transaction.max.timeout.ms"
             ) from None
         except (TimeoutError, KafkaError) as error:
             servers = ",".join(self._connection["bootstrap_servers"])

@@ -1,4 +1,4 @@
-"""Full softmax cross entropy that never holds more than a tile of scores."""
+"""Full softmax cross entropy that never holds more scores than a tile a thread."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
