@@ -36,8 +36,7 @@ from benchmarks.machine import processor
 from lrurec.interactions import leave_one_out, read_interactions
 from lrurec.model import LRURec
 from lrurec.threads import limited_threads
-from lrurec.training.encoding import encode
-from lrurec.training.loss import softmax_cross_entropy
+from lrurec.training.gradients import loss_with_gradients
 from lrurec.training.presets import Precision, TrainingSettings, preset
 from lrurec.training.run import TrainingRun
 from lrurec.training.windows import Batch, Windows
@@ -107,12 +106,10 @@ def compare(model: LRURec, windows: Windows, settings: TrainingSettings, precisi
     chosen = np.arange(min(settings.batch_size, len(windows)))
     model = copy.deepcopy(model).eval()
     packed, smoothing = windows.batch(chosen), settings.label_smoothing
-    encodings = encode(model, packed, precision)
-    table = model.item_embedding.weight, model.item_bias
-    ours = softmax_cross_entropy(encodings, *table, packed.labels, smoothing, precision)
+    ours = loss_with_gradients(model, packed, smoothing, precision)
     theirs = plain_form.loss(model, *padded(packed), 0.0, smoothing)
     names, parameters = zip(*model.named_parameters(), strict=True)
-    pairs = zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True)
+    pairs = zip([each.grad for each in parameters], torch.autograd.grad(theirs, parameters), strict=True)
     differences = [float((one - other).norm() / other.norm()) for one, other in pairs]
     worst = int(np.argmax(differences))
     return Difference(abs(float((ours / theirs).detach()) - 1), differences[worst], names[worst])

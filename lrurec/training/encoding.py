@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
@@ -14,20 +15,22 @@ from lrurec.recurrence import runs_of_sequences
 from lrurec.threads import in_threads
 from lrurec.training.precision import dtype_of
 from lrurec.training.presets import Precision
-from lrurec.training.windows import Batch, padded_size
+from lrurec.training.windows import padded_size
 
 _TOKENS_PER_THREAD = 2048
 """About, for the threads to share them out: each calls all operators, and those of few tokens last as long as calls."""
 
 
-def encode(model: LRURec, batch: Batch, precision: Precision) -> PackedEncodings:
-    """The encodings of the tokens that have a label, float32; by products of the given precision on a CPU.
+def encode(
+    model: LRURec, embedded: Float32[Tensor, "n d"], position: Positions, precision: Precision
+) -> PackedEncodings:
+    """As `LRURec.encode_embedded`, float32; by products of the given precision on a CPU.
 
     On a CPU each thread encodes whole sequences and goes back through them, if there are tokens enough: torch's own
     way, all threads at one operator after the other, has them wait for each other a hundred times a step. The graph
     can be gone back through once then, and a hook of a parameter sees the gradients of every thread.
     """
-    device, threads = batch.items.device.type, torch.get_num_threads()
+    device, threads = embedded.device.type, torch.get_num_threads()
     half = device == "cpu" and dtype_of(precision) == torch.bfloat16
 
     def encode_embedded(embedded: Tensor, position: Positions) -> Tensor:
@@ -35,16 +38,13 @@ def encode(model: LRURec, batch: Batch, precision: Precision) -> PackedEncodings
         with torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=False):
             return model.encode_embedded(embedded, position)
 
-    embedded = model.item_embedding(batch.items)
-    encodings: Tensor
     if device != "cpu" or threads == 1 or len(embedded) < threads * _TOKENS_PER_THREAD:
-        encodings = encode_embedded(embedded, batch.position)
-    else:
-        # What belongs to an item comes in before this and after.
-        others = [value for name, value in model.named_parameters() if not name.startswith("item_")]
-        learned = [value for value in others if value.requires_grad]
-        encodings = _SharedOut.apply(encode_embedded, batch.position, embedded, *learned)
-    return encodings[: len(batch.labels)]
+        return encode_embedded(embedded, position)
+    # What belongs to an item comes in before this and after.
+    others = [value for name, value in model.named_parameters() if not name.startswith("item_")]
+    learned = [value for value in others if value.requires_grad]
+    encodings: Tensor = _SharedOut.apply(encode_embedded, position, embedded, *learned)
+    return encodings
 
 
 class _SharedOut(torch.autograd.Function):

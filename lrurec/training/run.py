@@ -14,8 +14,7 @@ from lrurec.interactions import HeldOut, Histories
 from lrurec.model import LRURec
 from lrurec.training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from lrurec.training.cooccurrence import cooccurrence_embeddings
-from lrurec.training.encoding import encode
-from lrurec.training.loss import softmax_cross_entropy
+from lrurec.training.gradients import loss_with_gradients
 from lrurec.training.presets import TrainingSettings
 from lrurec.training.windows import Batch, Windows, epoch_order
 
@@ -81,18 +80,13 @@ class TrainingRun:
             group["lr"] = settings.rate_at(self.step, self.steps)
         batch = self._next_batch()
         model.train()
-        encodings = encode(model, batch, settings.precision)
-        weight, bias = model.item_embedding.weight, model.item_bias
-        loss = softmax_cross_entropy(
-            encodings, weight, bias, batch.labels, settings.label_smoothing, settings.precision
-        )
         self._optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        loss = loss_with_gradients(model, batch, settings.label_smoothing, settings.precision)
+        self._clip_gradients()
         self._optimizer.step()
         self._update_average()
         self.step += 1
-        self.loss = torch.lerp(self.loss, loss.detach(), max(0.02, 1 / self.step))
+        self.loss = torch.lerp(self.loss, loss, max(0.02, 1 / self.step))
 
     def validate(self) -> Metrics:
         """Metrics of the averaged weights, added to the curve; the weights are kept if they are the best so far.
@@ -162,6 +156,13 @@ class TrainingRun:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, epoch_order(len(self.windows), self.settings.seed, epoch)
         return self.windows.batch(self._order[index * size : (index + 1) * size]).to(self.loss.device)
+
+    def _clip_gradients(self) -> None:
+        """As torch's `clip_grad_norm_`, which also multiplies by 1 where there is nothing to clip."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not norm <= self.settings.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.clip_norm, norm)
 
     @torch.no_grad()
     def _update_average(self) -> None:

@@ -24,7 +24,7 @@ from lrurec.training.precision import dtype_of
 from lrurec.training.presets import Precision, TrainingSettings
 from lrurec.training.run import TrainingRun
 
-_COMPUTATION = 4
+_COMPUTATION = 5
 """Raised whenever what a step computes changes: a checkpoint from before belongs to another training."""
 
 CHECKPOINT_SECONDS = 10.0

@@ -20,15 +20,18 @@ def batch():
     return Windows.cut(Histories(np.array([3, 4, 5, 6, 9, 11], np.int32), np.array([0, 4, 6])), 50).batch(np.arange(2))
 
 
-def test_tokens_with_a_label_are_encoded_in_float32_exactly_where_that_is_asked_for(small_model, batch):
+def encoded(model, batch, precision="float32"):
+    return encode(model, model.item_embedding(batch.items), batch.position, precision)
+
+
+def test_tokens_are_encoded_in_float32_exactly_where_that_is_asked_for(small_model, batch):
     model = copy.deepcopy(small_model).eval()
-    exact = model.encode_packed(batch.items, batch.position)[: len(batch.labels)]
-    assert torch.equal(encode(model, batch, "float32"), exact)
+    assert torch.equal(encoded(model, batch), model.encode_packed(batch.items, batch.position))
 
 
 def test_bfloat16_rounds_what_the_blocks_multiply(small_model, batch):
     model = copy.deepcopy(small_model).eval()
-    exact, rounded = (encode(model, batch, precision).detach() for precision in ("float32", "bfloat16"))
+    exact, rounded = (encoded(model, batch, precision).detach() for precision in ("float32", "bfloat16"))
     assert rounded.dtype == torch.float32
     assert 1e-5 < float((rounded - exact).norm() / exact.norm()) < 2e-2
 
@@ -59,7 +62,7 @@ def shared_out(monkeypatch):
 def encodings_and_gradients(model, batch, precision="float32", threads=3, seed=6):
     with limited_threads(threads):
         torch.manual_seed(seed)
-        encodings = encode(model, batch, precision)
+        encodings = encoded(model, batch, precision)[: len(batch.labels)]
         seen = torch.randn(encodings.shape, generator=torch.Generator().manual_seed(2))
         parameters = [value for name, value in model.named_parameters() if name != "item_bias"]
         return encodings.detach(), torch.autograd.grad((encodings * seen).sum(), parameters)
@@ -102,7 +105,7 @@ def test_weights_that_do_not_learn_stand_in_no_threads_way(small_model, large_ba
     frozen, learned = model.blocks[0], model.blocks[1].lru.nu_log
     frozen.requires_grad_(False)
     with limited_threads(3):
-        encode(model, large_batch, "float32").sum().backward()
+        encoded(model, large_batch).sum().backward()
     assert learned.grad is not None
     assert all(parameter.grad is None for parameter in frozen.parameters())
 
@@ -113,7 +116,7 @@ def test_threads_share_out_tokens_only_where_all_have_enough(small_model, monkey
     monkeypatch.setattr(encoding._SharedOut, "apply", lambda *args: called.append(args) or args[2])
     batch = Batch(*torch.zeros(3, tokens, dtype=torch.int64))
     with limited_threads(threads):
-        encode(copy.deepcopy(small_model).eval(), batch, "float32")
+        encoded(copy.deepcopy(small_model).eval(), batch)
     assert bool(called) == shared
 
 

@@ -21,7 +21,7 @@ from lrurec.evaluation import evaluate
 from lrurec.interactions import Histories, Interactions, read_interactions
 from lrurec.threads import limited_threads
 from lrurec.training import command as train_command
-from lrurec.training import encoding, loss, only_one, run
+from lrurec.training import encoding, gradients, loss, only_one
 from lrurec.training import train as training
 from lrurec.training.checkpoint import checkpoint_of
 from lrurec.training.loss import softmax_cross_entropy
@@ -137,7 +137,7 @@ def test_the_precision_is_also_that_of_the_scores(monkeypatch):
         seen.append(arguments[-1])
         return softmax_cross_entropy(*arguments)
 
-    monkeypatch.setattr(run, "softmax_cross_entropy", spy)
+    monkeypatch.setattr(gradients, "softmax_cross_entropy", spy)
     train(cyclic_log(), dataclasses.replace(SETTINGS, max_steps=1, precision="bfloat16"))
     assert seen == ["bfloat16"]
 
