@@ -18,11 +18,13 @@ import asyncio
 import json
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -182,11 +184,35 @@ def worker_environment(bootstrap: str, bundle: Path, folder: Path, guarantee: st
 
 
 @contextmanager
-def worker(environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`stream-app worker`, and its topics before it."""
+def worker(
+    environment: Mapping[str, str], log: Path, *, asked_to_end: bool = False
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`stream-app worker`, and its topics before it; at the end it is killed unless it is asked to end."""
     subprocess.run([SCRIPTS / "stream-app", "topics"], env=environment, check=True, capture_output=True, timeout=60)
     with running([str(SCRIPTS / "stream-app"), "worker"], environment, log) as process:
         yield process
+        if asked_to_end:
+            process.terminate()
+            process.wait(60)
+
+
+def free_port() -> int:
+    """A port for the worker's /metrics."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def durable_clicks(port: int) -> int:
+    """Clicks that have become durable, as the worker's own /metrics says; 0 before it answers."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
+    except OSError:
+        return 0
+    return next(
+        int(float(line.split()[1])) for line in text.splitlines() if line.startswith("stream_app_clicks_applied_total ")
+    )
 
 
 def prove(environment: Mapping[str, str]) -> None:

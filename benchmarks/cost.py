@@ -27,7 +27,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from threadpoolctl import threadpool_limits
 
 from benchmarks import backlog
-from benchmarks.machine import processor
+from benchmarks.machine import cpu_seconds, processor
 from lrurec.bundle import load_bundle
 from lrurec.serving import Clicks, build_engine, state_layout
 from stream_app.dev.kafka.broker import LocalBroker
@@ -174,13 +174,6 @@ async def until(bootstrap: str, topic: str, count: int) -> int:
                 await asyncio.sleep(0.05)
     finally:
         await consumer.stop()
-
-
-def cpu_seconds(pid: int) -> float:
-    """Of a process and those it started."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + sum(cpu_seconds(int(c)) for c in children)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,9 @@ import asyncio
 import json
 import os
 import platform
-import socket
 import statistics
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -69,9 +67,7 @@ def measure(folder: Path, clicks: int, users: int, items: int, rounds: int) -> d
 
 def run(bootstrap: str, bundle: Path, folder: Path, clicks: int, publish: Publish) -> float:
     """Clicks a second from the first that are durable to the last."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = backlog.free_port()
     environment = backlog.worker_environment(
         bootstrap, bundle, folder, "at_least_once", PUBLISH=publish, WEB_PORT=str(port)
     )
@@ -81,25 +77,13 @@ def run(bootstrap: str, bundle: Path, folder: Path, clicks: int, publish: Publis
         while not points or points[-1][1] < clicks:
             if time.monotonic() > deadline:
                 raise TimeoutError
-            durable = _durable(port)
+            durable = backlog.durable_clicks(port)
             if durable and (not points or durable > points[-1][1]):
                 points.append((time.monotonic(), durable))
             time.sleep(0.05)
     backlog.prove(environment)
     (start, first), (stop, last) = points[0], points[-1]
     return (last - first) / (stop - start)
-
-
-def _durable(port: int) -> int:
-    """Clicks that have become durable; 0 before the worker answers."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-            text = answer.read().decode()
-    except OSError:
-        return 0
-    return next(
-        int(float(line.split()[1])) for line in text.splitlines() if line.startswith("stream_app_clicks_applied_total ")
-    )
 
 
 if __name__ == "__main__":

@@ -25,3 +25,10 @@ def resident_mb(process: int, field: str = "VmRSS") -> float:
     """Resident memory of a process in MB (10^6 bytes); `VmHWM` is the most it ever had. Linux only."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024 / 1e6
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and those it started. Linux only."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + sum(cpu_seconds(int(c)) for c in children)
