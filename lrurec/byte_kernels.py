@@ -13,6 +13,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lrurec.compiled import compiled
+
 #: Rows and items of one product: 24 sums of 16 items each, which with 4 vectors of items nearly fill the 32 registers.
 ROWS, ITEMS = 6, 64
 
@@ -239,7 +241,7 @@ def _begin(x, uppers, widest, table, numbers, places, bias, seen, scratch, found
                         _insert(score, numbers[place], best_scores, best_items)
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def rank(encodings, wanted, items, seen, top_items, top_scores):
     """The k best items of each wanted row, exact; see `filtered_ranking`.
 

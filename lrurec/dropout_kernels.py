@@ -4,6 +4,7 @@ import numpy as np
 from numba import njit
 
 from lrurec.bfloat16 import from_bits, to_bits
+from lrurec.compiled import compiled
 
 _uint32 = np.uint32
 
@@ -21,7 +22,7 @@ def _hash(index, first_key, second_key):
     return _uint32(x ^ (x >> _uint32(16)))
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def drop(x, first, first_key, second_key, dropped, scale, out):
     """out_i = scale x_i where the hash of first + i reaches `dropped`, 0 elsewhere.
 
@@ -40,7 +41,7 @@ def drop(x, first, first_key, second_key, dropped, scale, out):
         out[i] = x[i] * scale if keeps else np.float32(0)
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def drop_bfloat16(x, first, first_key, second_key, dropped, scale, out):
     """As `drop`; x and out are the bits of bfloat16 as int16. The product is rounded once."""
     for i in range(x.shape[0]):

@@ -13,6 +13,8 @@ import numpy as np
 import scipy.linalg.cython_blas  # noqa: F401  (numba's np.dot calls it; loaded here so that its threads can be limited)
 from numba import njit
 
+from lrurec.compiled import compiled
+
 #: Rows of one matrix product. OpenBLAS takes another route, with other rounding, for products under a million
 #: multiplications: 32 rows keep every layer of a usual model above that, or below it, for every batch.
 TILE = 32
@@ -42,7 +44,7 @@ def _to_half(x):
     return small if abs(x) < _HALF_SMALLEST_NORMAL else normal
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def widen(half, out):
     """Float16 → float32, exactly; numpy converts number by number, which takes as long as a third of a step.
 
@@ -62,7 +64,7 @@ def widen(half, out):
         out[i] = -magnitude if half[i] < 0 else magnitude
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def narrow(x, half):
     """Float32 that float16 can hold (`_to_half`) → its bits.
 
@@ -166,7 +168,7 @@ def _recur(users, bu, bias, decay, hidden, block, half):
             drive[c], drive[channels + c] = new_re, new_im
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def advance(users, items, weights, hidden, half, recent_items, clicks, encodings, wide, seen, counts):
     """One recurrent step per click, and what each click's user has seen after it.
 
@@ -238,7 +240,7 @@ def _keep_best(scores, first_item, best_scores, best_items):
                 best_items[place] = first_item + i
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def rank(encodings, wanted, item_chunks, seen, top_items, top_scores):
     """The k best items of each wanted click: scores x·Eᵀ + bias in float32, exact, without what was seen.
 
@@ -279,7 +281,7 @@ def rank(encodings, wanted, item_chunks, seen, top_items, top_scores):
                 _keep_best(scores[row], first, top_scores[start + row], top_items[start + row])
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def best_of(scores, top_items):
     """The k columns with the highest scores of every row, best first; the lower column first among equals.
 

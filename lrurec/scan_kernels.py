@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from lrurec.bfloat16 import narrowed, widened
+from lrurec.compiled import compiled
 
 _CACHE_LINE = 64
 
@@ -41,7 +42,7 @@ def _prefetch(typing_context: Any, values: Any, offset: Any) -> Any:
     return types.void(values, types.intp), generate
 
 
-@njit(nogil=True, cache=True, fastmath={"contract"})
+@compiled(nogil=True, fastmath={"contract"})
 def scan(driven, eigenvalues, position, h):
     """h_t = λ h_{t-1} + u_t, and h_t = u_t where the position is 0.
 
@@ -61,7 +62,7 @@ def scan(driven, eigenvalues, position, h):
         state, before = before, state
 
 
-@njit(nogil=True, cache=True, fastmath={"contract"})
+@compiled(nogil=True, fastmath={"contract"})
 def scan_gradient(grad, h, eigenvalues, position, grad_driven, grad_eigenvalues):
     """g_t = ∂L/∂h_t + conj(λ) g_{t+1} within each sequence, from its end, and ∂L/∂λ = Σ_t g_t conj(h_{t-1}).
 
@@ -102,7 +103,7 @@ def scan_gradient(grad, h, eigenvalues, position, grad_driven, grad_eigenvalues)
     grad_eigenvalues += of_sequence
 
 
-@njit(nogil=True, cache=True, fastmath={"contract"})
+@compiled(nogil=True, fastmath={"contract"})
 def _advance(factor, state, added, out):
     """Out ← factor ∘ state + added."""
     a, b = factor[0], factor[1]
@@ -114,7 +115,7 @@ def _advance(factor, state, added, out):
         out_im[c] = a[c] * im[c] + b[c] * re[c] + widened(added_im[c])
 
 
-@njit(nogil=True, cache=True, fastmath={"contract"})
+@compiled(nogil=True, fastmath={"contract"})
 def _store(state, out):
     re, im, out_re, out_im = state[0], state[1], out[0], out[1]
     for c in range(re.shape[0]):
@@ -123,7 +124,7 @@ def _store(state, out):
         out_im[c] = narrowed(im[c], out_im)
 
 
-@njit(nogil=True, cache=True, fastmath={"contract"})
+@compiled(nogil=True, fastmath={"contract"})
 def _add_product(g, h, total):
     """Total ← total + g ∘ conj(h)."""
     re, im = g[0], g[1]

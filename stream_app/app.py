@@ -247,6 +247,7 @@ def standby_lag_of(app: faust.App) -> dict[int, int]:
 def _refresh(app: faust.App, metrics: Metrics) -> None:
     metrics.ready.set(is_ready(app))
     metrics.rebalances.set(app.rebalancing_count)
+    metrics.deleted_unread.set(cast("RecordBatchConsumer", app.consumer).deleted_unread)
     for gauge, by_partition in ((metrics.lag, lag_of(app)), (metrics.standby_lag, standby_lag_of(app))):
         gauge.clear()
         for partition, records in by_partition.items():

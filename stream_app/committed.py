@@ -17,6 +17,7 @@ from aiokafka.errors import (
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from stream_app.errors import BrokerUnavailable, TopicsError
+from stream_app.logs import warn_of_deleted_clicks
 from stream_app.settings import Settings
 from stream_app.topic_metadata import NO_ID
 from stream_app.topics import FoundTopic, admin_client
@@ -62,6 +63,8 @@ async def _fetch(
 async def verify_committed(settings: Settings, topics: Mapping[str, FoundTopic]) -> None:
     """Refuse to go on where clicks would be taken for worked off, or the states of those that are have gone.
 
+    Clicks that the log has lost before they were read are gone whatever a worker does: a warning says how many.
+
     Raises:
         TopicsError: the group's offsets were committed with another changelog than the one that is there, or lie beyond
             the end of the clicks.
@@ -76,11 +79,14 @@ async def verify_committed(settings: Settings, topics: Mapping[str, FoundTopic])
             f" {settings.app_id} has worked off are gone; go on with a new STREAM_APP_APP_ID, which begins with new"
             " states"
         )
-    ends = await _ends(settings, list(committed)) if committed else {}
-    for partition, end in ends.items():
-        if committed[partition].offset > end:
+    bounds = await _bounds(settings, list(committed)) if committed else {}
+    for partition, log_range in bounds.items():
+        offset, end = committed[partition].offset, log_range.stop
+        if offset < log_range.start:
+            warn_of_deleted_clicks(partition, offset, log_range.start)
+        if offset > end:
             raise TopicsError(
-                f"group {settings.app_id} has committed offset {committed[partition].offset} of partition {partition}"
+                f"group {settings.app_id} has committed offset {offset} of partition {partition}"
                 f" of topic {settings.clicks_topic}, which ends at {end}: Kafka has lost clicks, or somebody has moved"
                 " the group, and new clicks would be passed over; move the group back (kafka-consumer-groups.sh"
                 " --reset-offsets --to-earliest is always right), or, if the log was lost, take a new"
@@ -88,17 +94,19 @@ async def verify_committed(settings: Settings, topics: Mapping[str, FoundTopic])
             )
 
 
-async def _ends(settings: Settings, partitions: list[int]) -> dict[int, int]:
-    """The offset that the next click of each partition gets."""
+async def _bounds(settings: Settings, partitions: list[int]) -> dict[int, range]:
+    """The offsets of the clicks that each partition's log holds."""
     consumer = AIOKafkaConsumer(**settings.kafka_client(), enable_auto_commit=False)
+    logs = [TopicPartition(settings.clicks_topic, number) for number in partitions]
     try:
         async with asyncio.timeout(settings.broker_timeout_seconds):
             await consumer.start()
-            ends = await consumer.end_offsets([TopicPartition(settings.clicks_topic, number) for number in partitions])
+            starts, ends = await consumer.beginning_offsets(logs), await consumer.end_offsets(logs)
     except (KafkaError, TimeoutError) as error:
         raise BrokerUnavailable(
-            f"Kafka at {settings.broker} did not tell where {settings.clicks_topic} ends: {error!r}; is it up?"
+            f"Kafka at {settings.broker} did not tell where {settings.clicks_topic} begins and ends: {error!r}; is it"
+            " up?"
         ) from None
     finally:
         await consumer.stop()
-    return {tp.partition: end for tp, end in ends.items()}
+    return {log.partition: range(starts[log], ends[log]) for log in logs}

@@ -6,7 +6,8 @@ Texts are UTF-8 as numpy bytes, many of them end to end with where each ends. Ax
 import math
 
 import numpy as np
-from numba import njit
+
+from lrurec.compiled import compiled
 
 #: What a number takes at most: 19 digits and a sign, or five digits after the point of a score.
 NUMBER_BYTES = 20
@@ -15,7 +16,7 @@ NUMBER_BYTES = 20
 LARGEST_SCORE = 1e10
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def write_lists(
     items, scores, clicks, offsets, times, users, user_ends, events, event_ends, starts, start_ends, texts, text_ends
 ):
@@ -77,7 +78,7 @@ def write_lists(
     return out[:at], ends
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _text(out, at, texts, ends, number):
     start = ends[number - 1] if number else 0
     for i in range(start, ends[number]):
@@ -85,7 +86,7 @@ def _text(out, at, texts, ends, number):
     return at + ends[number] - start
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _whole(out, at, value):
     magnitude = np.uint64(value)
     if value < 0:
@@ -104,7 +105,7 @@ def _whole(out, at, value):
     return at + digits
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _score(out, at, score):
     """As numpy rounds to five decimals; at least one of them is printed."""
     value = np.float64(score)

@@ -118,6 +118,13 @@ def configure_logging(settings: Settings) -> None:
     threading.excepthook = _log_end_of_thread
 
 
+def warn_of_deleted_clicks(partition: int, first: int, end: int) -> None:
+    """Log that clicks have gone with the beginning of their log, from one offset to before another."""
+    structlog.get_logger(__name__).warning(
+        "clicks were deleted before they were read", partition=partition, from_offset=first, to_offset=end
+    )
+
+
 def _log_unraisable(found: sys.UnraisableHookArgs) -> None:
     where = f"{found.err_msg or 'exception ignored in'} {found.object!r}"
     logging.getLogger("python").error("%s: %r", where, found.exc_value)

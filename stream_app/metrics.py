@@ -39,6 +39,12 @@ class Metrics:
             "stream_app_ready", "1 while clicks flow: states are restored and Kafka answers", registry=self._registry
         )
 
+        self.deleted_unread = Gauge(
+            "stream_app_clicks_deleted_unread",
+            "Offsets of clicks that Kafka deleted before this worker had read them",
+            registry=self._registry,
+        )
+
         self.rebalances = Gauge(
             "stream_app_rebalances", "Rebalances of the group that this worker has seen", registry=self._registry
         )

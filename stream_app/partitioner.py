@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int32
-from numba import njit
+
+from lrurec.compiled import compiled
 
 
 def partitions_of(keys: Sequence[bytes], partitions: int) -> Int32[np.ndarray, " n"]:
@@ -17,7 +18,7 @@ def partitions_of(keys: Sequence[bytes], partitions: int) -> Int32[np.ndarray, "
     return ((hashes & np.uint32(0x7FFFFFFF)) % np.uint32(partitions)).astype(np.int32)
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _murmur2(data, ends, hashes):
     """MurmurHash2, 32 bits, with Kafka's seed; arithmetic modulo 2^32."""
     mask = np.uint64(0xFFFFFFFF)

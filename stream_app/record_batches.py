@@ -36,6 +36,7 @@ from faust.types import TP, AppT, EventT, Message
 from faust.types.tuples import ConsumerMessage
 
 from stream_app.errors import WorkerError, namesake
+from stream_app.logs import warn_of_deleted_clicks
 from stream_app.messages import Record
 
 #: Clicks that may be on their way through the worker, at least; for large micro-batches two of them.
@@ -49,6 +50,10 @@ _MOST_BYTES = 64 << 20
 #: How long Kafka holds back its answer while there is nothing new, and how long a poll waits for it: what has to wait
 #: for both, such as the end of a recovery, does not wait longer. Faust has 1.5 seconds and 1.
 _WAIT_SECONDS = 0.1
+
+
+#: Between two questions where logs begin.
+_GAP_SECONDS = 5.0
 
 
 #: How much longer a poll may take that a rebalance falls into.
@@ -202,6 +207,11 @@ class RecordBatchConsumer(driver.Consumer):
         self._to_open: set[TP] = set()
         self._settled = False
         self._log_starts: dict[TP, int] = {}
+        self._following: dict[TP, int] = {}  # source → the offset that is to be read next
+        self._gaps: dict[TP, int] = {}
+        self._next_look_at_gaps = 0.0
+        #: Offsets of clicks that the log lost before they were read.
+        self.deleted_unread = 0
 
     @property
     def refusal(self) -> KafkaError | None:
@@ -228,6 +238,7 @@ class RecordBatchConsumer(driver.Consumer):
         if polled and not self.flow_active:
             await self.perform_seek()
             return
+        await self._look_at_gaps(polled)
         for tp, records in polled.items():
             if not self.flow_active:
                 return
@@ -238,6 +249,31 @@ class RecordBatchConsumer(driver.Consumer):
             moved = not polled or positions.get(tp, 0) > before.get(tp, 0)
             if self.flow_active and self._is_changelog_tp(tp) and positions.get(tp) and moved:
                 yield tp, self._batch(tp, [], before, positions)
+
+    async def _look_at_gaps(self, polled: Mapping[TP, Sequence[Any]]) -> None:
+        """Tell of clicks that Kafka deleted before they were read: aiokafka goes on where the log begins by then.
+
+        Gaps are also what the ends of transactions leave, which is why Kafka is not asked about each of them.
+        """
+        for tp, records in polled.items():
+            if not self._is_changelog_tp(tp):
+                following = self._following.get(tp, records[0].offset)
+                if records[0].offset > following:
+                    self._gaps.setdefault(tp, following)
+                self._following[tp] = records[-1].offset + 1
+        if not self._gaps or time.monotonic() < self._next_look_at_gaps:
+            return
+        self._next_look_at_gaps = time.monotonic() + _GAP_SECONDS
+        gaps, self._gaps = self._gaps, {}
+        try:
+            starts = await self.earliest_offsets(*gaps)
+        except (KafkaError, TimeoutError):
+            self._gaps = gaps
+            return
+        for tp, position in gaps.items():
+            if starts[tp] > position:
+                self.deleted_unread += starts[tp] - position
+                warn_of_deleted_clicks(tp.partition, position, starts[tp])
 
     async def _poll(self, timeout: float) -> tuple[Mapping[TP, Sequence[Any]], frozenset[TP]]:
         """What was fetched of the partitions that may be polled now, and which these are.
@@ -382,6 +418,8 @@ class RecordBatchConsumer(driver.Consumer):
                 await self._thread.seek_to_beginning(
                     *(self._new_topicpartition(tp.topic, tp.partition) for tp in fresh)
                 )
+        committed = {tp: self._committed_offset.get(tp) for tp in self.assignment() if not self._is_changelog_tp(tp)}
+        self._following = {tp: offset for tp, offset in committed.items() if offset is not None}
         self._settled = True
 
     def resume_flow(self) -> None:
@@ -427,6 +465,11 @@ class RecordBatchConsumer(driver.Consumer):
         assignment = None if subscription is None else subscription.assignment
         offsets = {} if assignment is None else assignment.all_consumed_offsets()
         return {TP(tp.topic, tp.partition): offset.offset for tp, offset in offsets.items()}
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is delivered that isn't acknowledged, and nothing acknowledged that isn't committed."""
+        return not self._delivered and not any(self._acked.values())
 
     def is_in_touch(self) -> bool:
         """Whether the group's coordinator answers: this worker is a member, and can commit."""

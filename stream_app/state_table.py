@@ -42,6 +42,7 @@ from stream_app.write_chain import PART_BYTES, WriteChain
 logger = logging.getLogger("stream_app.local_state")
 
 # User keys are UTF-8, in which the byte 0xff does not occur: these can't be anybody's.
+_RESERVED = b"\xff"
 _CHANGELOG_OFFSET = b"\xff\xffchangelog-offset"
 _LAYOUT = b"\xff\xfflayout"
 _CHANGELOG_ID = b"\xff\xffid-of-changelog"
@@ -175,6 +176,7 @@ class UserStateStore(SerializedStore):
                 if partition not in self._databases:
                     continue  # was read before a rebalance took the partition away
                 self._refuse_gap(event.message.tp, records)
+                refuse_foreign(partition, records, self.layout)
                 keys = list({record.key: None for record in records if record.key is not None})
                 stored = dict(zip(keys, self.load(partition, keys), strict=True))
                 overtaken = self._overtaken[partition]
@@ -195,7 +197,13 @@ class UserStateStore(SerializedStore):
             StateError: between what this database holds and where a batch was read from lie offsets.
         """
         held = self.persisted_offset(tp)
-        following = read.log_start if held is None else max(read.log_start, held + 1)
+        following = 0 if held is None else held + 1
+        if read.log_start > following:  # compaction leaves a log's beginning where it was
+            raise StateError(
+                f"partition {tp.partition} of the changelog begins at offset {read.log_start}, and this worker's copy"
+                f" of it ends before offset {following}: records between were deleted, as cleanup.policy=delete does,"
+                " and states with them; go on with a new STREAM_APP_APP_ID, which begins with new states"
+            )
         if read.start is not None and read.start > following:
             raise StateError(
                 f"partition {tp.partition} of the changelog was read from offset {read.start} on instead of "
@@ -232,7 +240,8 @@ class UserStateStore(SerializedStore):
         rows = [(key, state) for key, state in zip(keys, self.load(partition, keys), strict=True) if state is not None]
         offsets = await self._append(partition, rows)
         self.persist_appended(partition, rows, offsets)
-        self._write(partition, (), offsets[-1], frozenset())
+        if offsets[-1] == self.persisted_offset(TP("", partition)):  # else a recovery has read on meanwhile
+            self._write(partition, (), offsets[-1], frozenset())
         logger.warning(
             "an older state was the last in the changelog: the newest is appended once more",
             extra={"data": {"partition": partition, "users": len(rows)}},
@@ -256,7 +265,7 @@ class UserStateStore(SerializedStore):
     def _iteritems(self) -> Iterator[tuple[bytes, bytes]]:
         for database in self._databases.values():
             for key, value in cast("Iterable[tuple[bytes, bytes]]", database.items()):
-                if not key.startswith(b"\xff"):
+                if not key.startswith(_RESERVED):
                     yield key, value
 
     def _iterkeys(self) -> Iterator[bytes]:
@@ -321,7 +330,7 @@ class UserStateStore(SerializedStore):
         path = self._folder() / str(partition)
         database = None
         try:
-            database = rocksdict.Rdict(str(path), options=self._options())
+            database = rocksdict.Rdict(str(path), options=database_options(self._cache))
             is_of_layout = database.get(_LAYOUT) in {None, self._identity}
             is_of_changelog = database.get(_CHANGELOG_ID) in {None, NO_ID, self._changelog_id}
             self._overtaken[partition] = _overtaken_in(database)
@@ -376,7 +385,10 @@ class UserStateStore(SerializedStore):
             if not str(error).startswith("Corruption"):
                 raise _unusable(path, error) from error
             self._close(partition)
-            aside = _set_aside(path)
+            try:
+                aside = _set_aside(path)
+            except OSError as further:
+                raise _unusable(path, further) from error
             raise StateError(
                 f"the state folder {path} is damaged ({error}) and was set aside as {aside.name}; "
                 "start the worker again: it restores these states from the changelog"
@@ -385,33 +397,17 @@ class UserStateStore(SerializedStore):
     def _start_over(self, partition: int, path: Path, reason: str) -> rocksdict.Rdict:
         try:
             aside = _set_aside(path)
-            database = rocksdict.Rdict(str(path), options=self._options())
+            database = rocksdict.Rdict(str(path), options=database_options(self._cache))
             self._label(database)
             self._overtaken[partition] = frozenset()
             self._chains[partition] = WriteChain(database)
         except Exception as error:  # noqa: BLE001
-            raise StateError(f"the state folder {path} can't be used: {reason}; {error}") from None
+            raise _unusable(path, f"{reason}; {error}") from None
         logger.warning(
             "local state set aside, restoring from the changelog",
             extra={"data": {"partition": partition, "reason": reason, "kept_at": str(aside)}},
         )
         return database
-
-    def _options(self) -> rocksdict.Options:
-        blocks = rocksdict.BlockBasedOptions()
-        blocks.set_block_cache(self._cache)
-        blocks.set_bloom_filter(10, block_based=False)
-        blocks.set_cache_index_and_filter_blocks(True)
-        options = rocksdict.Options(raw_mode=True)
-        options.create_if_missing(True)
-        options.set_block_based_table_factory(blocks)
-        options.set_write_buffer_size(2 * PART_BYTES)  # which is not reached
-        options.set_max_write_buffer_number(2)
-        options.set_max_background_jobs(2)
-        options.set_keep_log_file_num(2)
-        # After a crash of the machine: the longest unharmed prefix, and the changelog brings the rest.
-        options.set_wal_recovery_mode(rocksdict.DBRecoveryMode.point_in_time())
-        return options
 
 
 class UserStateTable(Table):
@@ -449,15 +445,35 @@ class UserStateTable(Table):
         return cast("UserStateStore", self.data)
 
 
+def database_options(cache: rocksdict.Cache) -> rocksdict.Options:
+    """Of a database of one partition; the block cache is that of all of them."""
+    blocks = rocksdict.BlockBasedOptions()
+    blocks.set_block_cache(cache)
+    blocks.set_bloom_filter(10, block_based=False)
+    blocks.set_cache_index_and_filter_blocks(True)
+    options = rocksdict.Options(raw_mode=True)
+    options.create_if_missing(True)
+    options.set_block_based_table_factory(blocks)
+    options.set_write_buffer_size(2 * PART_BYTES)  # which is not reached
+    options.set_max_write_buffer_number(2)
+    options.set_max_background_jobs(2)
+    options.set_keep_log_file_num(2)
+    # After a crash of the machine: the longest unharmed prefix, and the changelog brings the rest.
+    options.set_wal_recovery_mode(rocksdict.DBRecoveryMode.point_in_time())
+    return options
+
+
 def _set_aside(path: Path) -> Path:
     """Rename a database's folder, for somebody to look at; the one set aside before it is removed."""
-    for older in path.parent.glob(f"{path.name}.set-aside-*"):
-        shutil.rmtree(older, ignore_errors=True)
+    before = list(path.parent.glob(f"{path.name}.set-aside-*"))
     aside = path.with_name(f"{path.name}.set-aside-{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 10**9:09}")
-    return path.rename(aside)
+    path.rename(aside)
+    for older in before:
+        shutil.rmtree(older, ignore_errors=True)
+    return aside
 
 
-def _unusable(path: Path, error: Exception) -> StateError:
+def _unusable(path: Path, error: Exception | str) -> StateError:
     return StateError(
         f"the state folder {path} can't be used ({error}): see to its disk and start the worker again; what is missing "
         "there is restored from the changelog"
@@ -498,8 +514,8 @@ def restore_rows(
 ) -> Restored:
     """Changelog records, on top of what is stored: per user the highest source offset wins, whatever the order. Pure.
 
-    Raises:
-        StateError: a record is no state of this layout.
+    Nobody here writes tombstones or records without a key. A tombstone is passed over, and overtakes the user's state:
+    compaction would remove that.
     """
     newest: dict[bytes, bytes] = {}
     behind = set(overtaken)
@@ -509,12 +525,13 @@ def restore_rows(
         return int(_OFFSET.unpack_from(state, place)[0])
 
     for key, state in records:
-        if key is None or state is None:  # nobody here writes tombstones or records without a key
+        if key is None:
             continue
-        if len(state) != layout.dtype.itemsize or not state.startswith(layout.header):
-            raise StateError(_foreign_state(state, layout))
         known = newest.get(key) or stored.get(key)
-        if known is None or offset_of(state) >= offset_of(known):
+        if state is None:
+            if known is not None:
+                behind.add(key)
+        elif known is None or offset_of(state) >= offset_of(known):
             newest[key] = state
             behind.discard(key)
         else:
@@ -522,12 +539,31 @@ def restore_rows(
     return Restored(list(newest.items()), frozenset(behind))
 
 
-def _foreign_state(state: bytes, layout: StateLayout) -> str:
-    try:
-        layout.unpack([state])
-    except UserStateError as error:
-        return f"the changelog does not fit this worker: {error}; a new STREAM_APP_APP_ID begins with new states"
-    raise AssertionError("a state that can be unpacked fits the layout")
+def refuse_foreign(partition: int, records: Iterable[Any], layout: StateLayout) -> None:
+    """Check that records of a changelog are states of this layout, or tombstones.
+
+    Raises:
+        StateError: one is not; it says which, and what to do.
+    """
+    size, header = layout.dtype.itemsize, layout.header
+    for record in records:
+        key, state = record.key, record.value
+        if key is None or state is None:
+            continue
+        if key.startswith(_RESERVED):
+            raise _foreign_state(partition, record.offset, f"its key {key[:64]!r} is no user_id in UTF-8")
+        if len(state) != size or not state.startswith(header):
+            try:
+                layout.unpack([state])
+            except UserStateError as error:
+                raise _foreign_state(partition, record.offset, str(error)) from None
+
+
+def _foreign_state(partition: int, offset: int, reason: str) -> StateError:
+    return StateError(
+        f"the changelog does not fit this worker, in partition {partition} at offset {offset}: {reason}; "
+        "a new STREAM_APP_APP_ID begins with new states"
+    )
 
 
 def user_state_table(app: faust.App, options: StoreOptions) -> UserStateTable:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
@@ -207,7 +207,10 @@ def _missing(settings: Settings, names: Sequence[str]) -> TopicsError:
 
 
 def _refuse_mismatches(wanted: Sequence[WantedTopic], found: Mapping[str, FoundTopic], settings: Settings) -> None:
-    wrong = [text for topic in wanted for text in mismatches(topic, found[topic.name], settings)]
+    # The changelog has to have as many partitions as the clicks topic, whatever the setting says.
+    clicks = found[settings.clicks_topic].partitions
+    judged = [replace(each, partitions=clicks) if each.name == settings.changelog_topic else each for each in wanted]
+    wrong = [text for topic in judged for text in mismatches(topic, found[topic.name], settings)]
     if wrong:
         raise TopicsError("; ".join(wrong))
 

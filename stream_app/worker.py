@@ -85,6 +85,9 @@ async def _run(settings: Settings) -> None:
                 await parts.delivery.stop()
                 await parts.health.stop()
     log.info("stopped", clicks=int(value(parts.metrics.applied)))
+    # All is closed or not worth waiting for: a thread of the consumer may still wait for its group.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class _StopAsked(Exception):
@@ -119,7 +122,7 @@ async def _work(parts: Parts, stop: asyncio.Event, topics: Mapping[str, FoundTop
     leaving_seconds = _leaving_seconds(settings)
     try:
         await _until_stopped(parts, stop, starting, {pipeline, progress, stuck, changed})
-        await _drain(parts, pipeline, settings.shutdown_seconds - leaving_seconds)
+        await _drain(parts, pipeline, settings.shutdown_seconds - leaving_seconds, leaving_seconds)
     except Exception as error:  # noqa: BLE001  (whatever it is, going on could lose or double clicks)
         # A topic that is no longer the same shows in many ways before the watch looks again.
         each = leaving_seconds * 0.4  # the rest is for what is between the two
@@ -239,21 +242,29 @@ def _explained_refusal(reason: KafkaError, settings: Settings) -> WorkerError:
     return WorkerError(f"Kafka did not let this worker into the consumer group {settings.app_id}: {reason!r}")
 
 
-async def _drain(parts: Parts, pipeline: asyncio.Task[None], seconds: float) -> None:
+async def _drain(parts: Parts, pipeline: asyncio.Task[None], seconds: float, idle_seconds: float) -> None:
     """Finish what is in flight, commit, leave the group.
 
-    Faust's stop is not awaited beyond the deadline: parts of it swallow a cancellation and wait on.
+    Faust's stop is not awaited beyond the deadline: parts of it swallow a cancellation and wait on. A worker that has
+    nothing in flight while its group rebalances is not held up by that: Kafka answers when the other members have come
+    or their sessions have ended.
 
     Raises:
         WorkerError or what the pipeline raised: it took longer than it may, or the pipeline died meanwhile; what was
             not acknowledged is done again by the next owner.
     """
+    consumer = cast("RecordBatchConsumer", parts.app.consumer)
+    is_idle = consumer.is_idle and not is_settled(parts.app)
     stopping = asyncio.create_task(parts.app.stop(), name="stop")
-    await asyncio.wait({stopping, pipeline}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait(
+        {stopping, pipeline}, timeout=idle_seconds if is_idle else seconds, return_when=asyncio.FIRST_COMPLETED
+    )
     if stopping.done():
         return stopping.result()
     if pipeline.done():
         pipeline.result()
+    if is_idle:
+        return None
     raise WorkerError(
         "draining takes longer than STREAM_APP_SHUTDOWN_SECONDS allows, or Kafka does not answer; "
         "what is not acknowledged is done again by the partitions' next owner"

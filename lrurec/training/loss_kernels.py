@@ -7,6 +7,7 @@ import numpy as np
 from numba import njit
 
 from lrurec.bfloat16 import narrowed, widened
+from lrurec.compiled import compiled
 
 _int32, _float32 = np.int32, np.float32
 
@@ -34,7 +35,7 @@ def _exp(x, most):
     return _int32(y.view(np.int32) + exponent).view(np.float32)
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@compiled(nogil=True, fastmath={"reassoc", "contract"})
 def exponentiate(scores, bias, shift, most, sums):
     """s_iv ← exp(s_iv + bias_v - shift_i), in place, and its sum over the items.
 

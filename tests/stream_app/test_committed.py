@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from aiokafka.structs import OffsetAndMetadata
 
 from stream_app.committed import commit_note, committed_offsets, verify_committed
 from stream_app.errors import BrokerUnavailable, TopicsError
 from stream_app.settings import Settings
 from stream_app.topic_metadata import NO_ID
-from stream_app.topics import FoundTopic
+from stream_app.topics import FoundTopic, admin_client
 
 OURS, OTHER = bytes(range(16)), bytes(range(1, 17))
 
@@ -80,6 +81,16 @@ async def test_offsets_beyond_the_end_of_the_clicks_are_refused_with_what_to_do(
         TopicsError, match=rf"offset 9 of partition 1 of topic {settings.clicks_topic}, which ends at 8"
     ):
         await verify_committed(settings, topics(settings, OURS))
+
+
+async def test_clicks_that_were_deleted_before_they_were_read_are_told_of(settings):
+    await commit(settings, {0: (3, commit_note(OURS)), 1: (3, commit_note(OURS)), 2: (3, commit_note(OURS))})
+    starts = {TopicPartition(settings.clicks_topic, log): RecordsToDelete(start) for log, start in enumerate([3, 5, 8])}
+    async with admin_client(settings) as admin:
+        await admin.delete_records(starts)
+    with structlog.testing.capture_logs() as lines:
+        await verify_committed(settings, topics(settings, OURS))
+    assert [(line["partition"], line["from_offset"], line["to_offset"]) for line in lines] == [(1, 3, 5), (2, 3, 8)]
 
 
 async def test_kafka_is_asked_again_while_it_loads_what_was_committed(settings, monkeypatch):

@@ -10,6 +10,7 @@ from typing import Any
 
 import faust
 import pytest
+import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from faust.assignor.client_assignment import ClientAssignment
@@ -28,6 +29,10 @@ class Consumer(RecordBatchConsumer):
 
     polls: list[dict[TP, list[Any]]]
     position: int
+    log_start = 0
+
+    async def earliest_offsets(self, *partitions: TP) -> dict[TP, int]:
+        return dict.fromkeys(partitions, self.log_start)
 
     async def _seek_sources(self) -> None:
         async with self._polling:
@@ -237,6 +242,19 @@ async def test_what_one_poll_brought_of_a_partition_is_one_message(consumer: Con
         14,
         [10, 11, 12, 13, 14],
     )
+
+
+async def test_clicks_that_are_deleted_before_they_are_read_are_told_of_and_counted(
+    consumer: Consumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_batches, "_GAP_SECONDS", 0.0)
+    await open_source(consumer)
+    consumer.log_start = 25
+    with structlog.testing.capture_logs() as lines:
+        for first in (10, 15, 30, 36):  # 20..24 deleted; the end of a transaction
+            await delivered(consumer, {SOURCE: records(first, 5)})
+    assert [(line["from_offset"], line["to_offset"]) for line in lines] == [(20, 25)]
+    assert consumer.deleted_unread == 5
 
 
 async def test_no_more_is_delivered_than_may_be_unacknowledged_though_faust_has_not_taken_it(

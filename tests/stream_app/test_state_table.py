@@ -579,11 +579,11 @@ def changelog_event(
     rows: list[tuple[bytes | None, bytes | None]],
     offset: int,
     start: int | None = None,
-    log_start: int | None = None,
+    log_start: int = 0,
 ) -> faust.Event:
     """A batch of changelog records that ends at this offset, as the transport delivers it.
 
-    It was read from `start` on, by default from its first record; the log begins there as well if nothing is said.
+    It was read from `start` on, which is not known if nothing is said.
     """
     first = offset - len(rows) + 1
     records = [
@@ -591,8 +591,7 @@ def changelog_event(
         for place, (key, value) in enumerate(rows)
     ]
     tp = TP(CHANGELOG, 0)
-    log_start = first if log_start is None else log_start
-    read = ChangelogRecords(records, first if start is None else start, log_start)
+    read = ChangelogRecords(records, start, log_start)
     message = ConsumerMessage(CHANGELOG, 0, offset, 0.0, 0, None, None, read, None, tp=tp)
     return store.app.create_event(None, read, None, message)
 
@@ -611,7 +610,7 @@ async def test_a_changelog_that_was_not_read_on_from_where_the_database_ends_is_
     restore(store, changelog_event(store, [(b"a", state(1))], 4), changelog_event(store, [(b"b", state(2))], 5))
     restore(store, changelog_event(store, [(b"b", state(2))], 5))  # again, as after a rebalance
     with pytest.raises(StateError, match="read from offset 7 on instead of 6"):
-        restore(store, changelog_event(store, [(b"c", state(3))], 7, log_start=0))
+        restore(store, changelog_event(store, [(b"c", state(3))], 7, start=7))
     await asyncio.sleep(0)
     assert read_all(store) == ({b"a": state(1), b"b": state(2)}, 5)
     assert len(ends) == 1
@@ -621,10 +620,25 @@ async def test_nor_may_the_beginning_be_missing_of_an_empty_database(store, monk
     async def ignore(error: BaseException) -> None: ...
 
     monkeypatch.setattr(store.app, "crash", ignore)
-    with pytest.raises(StateError, match="read from offset 7 on instead of 2"):
-        restore(store, changelog_event(store, [(b"c", state(3))], 7, log_start=2))
-    restore(store, changelog_event(store, [(b"c", state(3))], 7, start=2, log_start=2))
+    with pytest.raises(StateError, match="read from offset 7 on instead of 0"):
+        restore(store, changelog_event(store, [(b"c", state(3))], 7, start=7))
+    restore(store, changelog_event(store, [(b"c", state(3))], 7, start=0))
     assert read_all(store) == ({b"c": state(3)}, 7)
+
+
+@pytest.mark.parametrize("held", [None, 4])
+async def test_a_changelog_whose_beginning_was_deleted_is_refused_where_this_copy_needs_it(store, monkeypatch, held):
+    async def ignore(error: BaseException) -> None: ...
+
+    monkeypatch.setattr(store.app, "crash", ignore)
+    if held is not None:
+        restore(store, changelog_event(store, [(b"a", state(1))], held))
+    following = 0 if held is None else held + 1
+    with pytest.raises(StateError, match=rf"begins at offset 6.*ends before offset {following}.*STREAM_APP_APP_ID"):
+        restore(store, changelog_event(store, [(b"c", state(3))], 7, log_start=6))
+    if held is not None:
+        restore(store, changelog_event(store, [(b"c", state(3))], 7, log_start=5))
+        assert read_all(store) == ({b"a": state(1), b"c": state(3)}, 7)
 
 
 states_of_users = st.lists(st.tuples(st.sampled_from([b"a", b"b", b"c"]), st.integers(-1, 9)), max_size=20)
@@ -662,26 +676,40 @@ def test_of_two_states_with_one_source_offset_the_later_in_the_log_wins():
     assert restore_rows(records, {}, frozenset(), LAYOUT) == ([(b"a", state(5, 2))], frozenset())
 
 
-def test_tombstones_and_records_without_a_key_are_passed_over():
-    rows = [(b"a", state(1)), (b"a", None), (None, state(9)), (None, None)]
+def test_records_without_a_key_are_passed_over():
+    rows = [(b"a", state(1)), (None, state(9)), (None, None)]
     assert restore_rows(rows, {}, frozenset(), LAYOUT) == ([(b"a", state(1))], frozenset())
 
 
+def test_a_tombstone_removes_no_state_which_has_to_be_appended_again():
+    rows = [(b"a", state(1)), (b"a", None), (b"b", None), (b"c", None), (b"d", None), (b"d", state(2))]
+    stored = {b"b": state(7)}
+    restored = restore_rows(rows, stored, frozenset(), LAYOUT)
+    assert restored == ([(b"a", state(1)), (b"d", state(2))], frozenset({b"a", b"b"}))
+
+
 @pytest.mark.parametrize(
-    ("foreign", "difference"),
+    ("key", "foreign", "difference"),
     [
         (
+            b"b",
             state(1, layout=replace(LAYOUT, model="fedcba9876543210")),
             r"model fedcba9876543210 \(here 0123456789abcdef\)",
         ),
-        (state(1, layout=replace(LAYOUT, precision="float32")), r"hidden_bytes 4 \(here 2\)"),
-        (state(1)[:-1], "75 bytes, not 76"),
-        (b"", "0 bytes, not 76"),
+        (b"b", state(1, layout=replace(LAYOUT, precision="float32")), r"hidden_bytes 4 \(here 2\)"),
+        (b"b", state(1)[:-1], "75 bytes, not 76"),
+        (b"b", b"", "0 bytes, not 76"),
+        (b"\xff\xffchangelog-offset", state(1), r"key b'\\xff\\xffchangelog-offset' is no user_id"),
     ],
 )
-def test_a_foreign_state_in_the_changelog_is_refused_with_what_to_do(foreign, difference):
-    with pytest.raises(StateError, match=difference) as error:
-        restore_rows([(b"a", state(1)), (b"b", foreign)], {}, frozenset(), LAYOUT)
+async def test_a_foreign_record_in_the_changelog_is_refused_with_where_it_is_and_what_to_do(
+    store, monkeypatch, key, foreign, difference
+):
+    async def ignore(error: BaseException) -> None: ...
+
+    monkeypatch.setattr(store.app, "crash", ignore)
+    with pytest.raises(StateError, match=rf"in partition 0 at offset 1: .*{difference}") as error:
+        restore(store, changelog_event(store, [(b"a", state(1)), (key, foreign)], 1))
     assert "a new STREAM_APP_APP_ID begins with new states" in str(error.value)
 
 
@@ -777,7 +805,7 @@ async def test_what_a_recovery_has_read_back_meanwhile_is_not_written_again(stor
 
 async def test_the_ends_of_ones_own_transactions_are_no_records_of_somebody_else(tmp_path):
     store = await assign(make_store(tmp_path, end_markers=1), 0)
-    restore(store, changelog_event(store, [], 9, start=8))  # the log ends with what was given up, and holds nothing yet
+    restore(store, changelog_event(store, [], 9, start=0))  # the log ends with what was given up, and holds nothing yet
     store.persist_appended(0, [(b"a", state(1))], range(10, 14))
     store.persist_appended(0, [(b"a", state(2))], range(15, 16))
     assert read_all(store) == ({b"a": state(2)}, 15)

@@ -97,11 +97,22 @@ async def test_verifying_creates_nothing(settings, admin):
     assert settings.clicks_topic not in await admin.list_topics()
 
 
-@pytest.mark.parametrize("topic", ["clicks_topic", "changelog_topic"])
-async def test_another_partition_count_is_refused(settings, create, topic):
+@pytest.mark.parametrize(
+    ("topic", "mended"),
+    [("clicks_topic", "set STREAM_APP_PARTITIONS=5"), ("changelog_topic", "another STREAM_APP_APP")],
+)
+async def test_another_partition_count_is_refused(settings, create, topic, mended):
     await create(getattr(settings, topic), 5, "compact" if topic == "changelog_topic" else "delete")
-    with pytest.raises(TopicsError, match=rf"{getattr(settings, topic)} has 5 partitions, wanted 3 .*STREAM_APP_"):
+    with pytest.raises(TopicsError, match=rf"{getattr(settings, topic)} has 5 partitions, wanted 3 .*{mended}"):
         await ensure_topics(settings)
+
+
+async def test_where_only_the_setting_differs_nobody_is_told_to_leave_states_behind(settings, create):
+    await create(settings.clicks_topic, 5, "delete")
+    await create(settings.changelog_topic, 5, "compact")
+    with pytest.raises(TopicsError, match="set STREAM_APP_PARTITIONS=5") as error:
+        await ensure_topics(settings)
+    assert "APP_ID" not in str(error.value)
 
 
 async def test_a_dead_letter_topic_that_has_no_room_for_a_reason_is_refused(settings, admin, create):

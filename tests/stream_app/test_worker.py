@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaConnectionError
 
@@ -456,6 +456,43 @@ async def test_sigterm_finishes_commits_and_exits_0(site: Site, worker: WorkerPr
     lines = worker.log.read_text().splitlines()
     events = [json.loads(line)["event"] for line in lines]
     assert events[-1] == "stopped"
+
+
+async def test_sigterm_exits_0_while_the_group_waits_for_a_member_that_hangs(
+    site: Site, tmp_path: Path, admin: AIOKafkaAdminClient
+) -> None:
+    async def state() -> str:
+        (answer,) = await admin.describe_consumer_groups([site.name])
+        return str(answer.groups[0][2])
+
+    with WorkerProcess(site, "one", STATE_DIR=str(tmp_path / "one"), SESSION_TIMEOUT_SECONDS="40") as one:
+        one.wait_ready()
+        one.process.send_signal(signal.SIGSTOP)
+        with WorkerProcess(site, "two", STATE_DIR=str(tmp_path / "two"), SESSION_TIMEOUT_SECONDS="40") as two:
+            async with asyncio.timeout(30):
+                while await state() != "PreparingRebalance":  # noqa: ASYNC110  (Kafka's)
+                    await asyncio.sleep(0.1)
+            assert two.terminate(15) == 0, two.tail()
+            assert two.events("stopped"), two.tail()
+
+
+async def test_clicks_deleted_under_a_worker_that_did_not_read_them_are_told_of_and_counted(
+    site: Site, worker: WorkerProcess, admin: AIOKafkaAdminClient
+) -> None:
+    await produce(site, [click("u", "1")])
+    await recommendations_for(site, 1)
+    worker.process.send_signal(signal.SIGSTOP)
+    await asyncio.sleep(1)  # Kafka answers the fetch that is under way
+    await produce(site, [click("u", str(number)) for number in range(2, 9)])
+    async with AIOKafkaConsumer(bootstrap_servers=site.bootstrap) as consumer:
+        logs = [TopicPartition(site.clicks, partition) for partition in range(site.partitions)]
+        ends = await consumer.end_offsets(logs)
+        await admin.delete_records({log: RecordsToDelete(end - 1) for log, end in ends.items() if end > 1})
+    worker.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: worker.metric("clicks_deleted_unread") == 6, 30, worker.tail)
+    (line,) = worker.events("clicks were deleted before they were read")
+    assert (line["from_offset"], line["to_offset"]) == (1, 7)
+    assert len(await recommendations_for(site, 2)) == 2
 
 
 async def test_a_broker_that_hangs_does_not_hold_up_the_shutdown(bundle_folder: Path, tmp_path: Path) -> None:

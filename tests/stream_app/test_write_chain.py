@@ -13,16 +13,12 @@ import rocksdict
 
 from stream_app import write_chain
 from stream_app.errors import StateError
+from stream_app.state_table import database_options
 from stream_app.write_chain import PARTS_KEPT, WriteChain
 
 
 def open_database(path: Path) -> rocksdict.Rdict:
-    options = rocksdict.Options(raw_mode=True)
-    options.create_if_missing(True)
-    options.set_write_buffer_size(32 << 20)
-    options.set_max_write_buffer_number(2)
-    options.set_wal_recovery_mode(rocksdict.DBRecoveryMode.point_in_time())
-    return rocksdict.Rdict(str(path), options=options)
+    return rocksdict.Rdict(str(path), options=database_options(rocksdict.Cache(1 << 20)))
 
 
 SMALL_PART = 2_000
@@ -141,6 +137,8 @@ def test_nor_does_a_log_that_is_cut_off_before_another_one(tmp_path: Path, monke
         write_and_be_killed(killed, 30, value_bytes, 1, writes, part_bytes)
         if len(logs_of(killed)) > 1:
             break
+    else:
+        pytest.fail("the flush had ended before the kill every time")
     first = logs_of(killed)[0]
     boundaries = [end for end in ends if end <= first.stat().st_size]
     seen = set()
