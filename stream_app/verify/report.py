@@ -92,6 +92,11 @@ class Report:
             lines.append(
                 f"{self.overtaken_users:,} users' last state in the changelog is not their newest: restart a worker"
             )
+        if self.faults["wrong_recommendations"] and not self.faults["wrong_states"]:
+            lines.append(
+                "the states are right and lists are not: are STREAM_APP_TOP_K, STREAM_APP_EXCLUDE_SEEN and"
+                " STREAM_APP_RECENT_ITEMS the worker's?"
+            )
         lines += [f"{count:,} {name.replace('_', ' ')}" for name, count in self.faults.items()]
         lines += self.differences
         lines.append("clean" if self.clean else "NOTHING VERIFIED" if self.is_empty else "NOT CLEAN")
