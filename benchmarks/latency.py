@@ -44,8 +44,8 @@ BACKLOG = 300_000
 #: Of the clicks, the first of so many carries an event_id by which its recommendation is known again.
 _LOOKED_AT = 5
 
-#: Between two looks at which clicks are due.
-_TICK_SECONDS = 0.002
+#: Between two looks at which clicks are due: linger.ms of Kafka's own producer, by default since 4.0.
+_TICK_SECONDS = 0.005
 
 _LEAD_SECONDS, _PATIENCE_SECONDS = 0.5, 60.0
 

@@ -37,6 +37,8 @@ class Batch(NamedTuple):
 def by_partition(records: Sequence[_Record], partitions: int) -> dict[int, list[_Record]]:
     """Records by their keys' partitions in a topic of so many, in order; those without a key as with an empty one."""
     found: dict[int, list[_Record]] = {}
+    if not records:  # as dead letters are, nearly always
+        return found
     keys = [record.key or b"" for record in records]
     for partition, record in zip(partitions_of(keys, partitions).tolist(), records, strict=True):
         found.setdefault(partition, []).append(record)

@@ -238,29 +238,30 @@ class RecordBatchConsumer(driver.Consumer):
         if polled and not self.flow_active:
             await self.perform_seek()
             return
-        await self._look_at_gaps(polled)
         for tp, records in polled.items():
             if not self.flow_active:
                 return
             if tp in active:
+                self._note_gap(tp, records)
                 self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
                 yield tp, self._batch(tp, records, before, positions)
         for tp in active - polled.keys():
             moved = not polled or positions.get(tp, 0) > before.get(tp, 0)
             if self.flow_active and self._is_changelog_tp(tp) and positions.get(tp) and moved:
                 yield tp, self._batch(tp, [], before, positions)
+        await self._look_at_gaps()  # last: nothing may come between a poll and what it brought
 
-    async def _look_at_gaps(self, polled: Mapping[TP, Sequence[Any]]) -> None:
+    def _note_gap(self, tp: TP, records: Sequence[Any]) -> None:
+        following = self._following.get(tp, records[0].offset)
+        if records[0].offset > following and not self._is_changelog_tp(tp):
+            self._gaps.setdefault(tp, following)
+        self._following[tp] = records[-1].offset + 1
+
+    async def _look_at_gaps(self) -> None:
         """Tell of clicks that Kafka deleted before they were read: aiokafka goes on where the log begins by then.
 
         Gaps are also what the ends of transactions leave, which is why Kafka is not asked about each of them.
         """
-        for tp, records in polled.items():
-            if not self._is_changelog_tp(tp):
-                following = self._following.get(tp, records[0].offset)
-                if records[0].offset > following:
-                    self._gaps.setdefault(tp, following)
-                self._following[tp] = records[-1].offset + 1
         if not self._gaps or time.monotonic() < self._next_look_at_gaps:
             return
         self._next_look_at_gaps = time.monotonic() + _GAP_SECONDS
