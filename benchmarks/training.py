@@ -2,6 +2,7 @@
 
     python -m benchmarks.training                                             the shop's log of the demo
     python -m benchmarks.training video beauty ml-1m --data FOLDER            FOLDER/video/interactions.csv.gz, …
+    python -m benchmarks.training beauty --data FOLDER --set hidden_units=64  in the paper's width
 
 Both forms have the same weights, batches, dropout rates and optimizer, and take turns; the other form in a process of
 its own, in which torch's threads wait for work as they do where nobody says how. First the loss and the gradients of
@@ -37,7 +38,7 @@ from lrurec.interactions import leave_one_out, read_interactions
 from lrurec.model import LRURec
 from lrurec.threads import limited_threads
 from lrurec.training.gradients import loss_with_gradients
-from lrurec.training.presets import Precision, TrainingSettings, preset
+from lrurec.training.presets import Precision, TrainingSettings, changed, preset
 from lrurec.training.run import TrainingRun
 from lrurec.training.windows import Batch, Windows
 
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, metavar="FOLDER")
     parser.add_argument("--rounds", type=int, default=5, help="a step of the plain form and three of ours each")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="SETTING=VALUE")
     options = parser.parse_args()
     print(
         f"{processor()}, {options.threads} threads, Python {platform.python_version()}, torch {version('torch')}, "
@@ -63,7 +65,7 @@ def main() -> None:
     )
     for name in options.presets:
         path = options.data / name / "interactions.csv.gz" if options.data else SHOP
-        settings = dataclasses.replace(preset(name), threads=options.threads)
+        settings = changed(dataclasses.replace(preset(name), threads=options.threads), options.changes)
         with limited_threads(options.threads):
             measure(name, path, settings, options.rounds)
 

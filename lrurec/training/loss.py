@@ -243,15 +243,15 @@ class _CompiledScores(_Scores):
         ]
         self._biases = [bias[items].numpy() for items in self._ranges]
         self._memory = [factor.new_empty(0, len(factor)) for factor in self._factors]
+        self._begun = [False] * len(self._ranges)
 
     def begin(self, encoding: Tensor, one: float, share: float) -> tuple[Tensor, Tensor]:
         self.grad_bias.fill_(one * share)
-        start = _share_of(encoding, share)
+        self._start = _share_of(encoding, share)
         sums = self.weight.new_empty(len(self._ranges), len(encoding))
 
         def load(part: int) -> None:
             items = self._ranges[part]
-            self.grad_weight[items] = start
             self._factors[part].copy_(self.weight[items])
             torch.sum(self.weight[items], 0, out=sums[part])
 
@@ -293,8 +293,11 @@ class _CompiledScores(_Scores):
             by_item = (
                 factor.T @ values[part]
             )  # faster than its transpose, and so is an addition of what is copied first
-            self.grad_weight[self._ranges[part]] += by_item[:-1].T.contiguous()
-            self.grad_bias[self._ranges[part]] += by_item[-1]
+            items, terms = self._ranges[part], by_item[:-1].T.contiguous()
+            rows = self.grad_weight[items]
+            torch.add(rows if self._begun[part] else self._start, terms, out=rows)  # a pass less for the first tile
+            self.grad_bias[items] += by_item[-1]
+            self._begun[part] = True
 
         self._share_out(add)
 
