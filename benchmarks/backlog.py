@@ -193,7 +193,8 @@ def worker(
         yield process
         if asked_to_end:
             process.terminate()
-            process.wait(60)
+            if process.wait(60):
+                sys.exit(f"the worker did not end well; the end of its log:\n{log.read_text()[-2000:]}")
 
 
 def free_port() -> int:

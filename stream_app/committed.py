@@ -83,7 +83,7 @@ async def verify_committed(settings: Settings, topics: Mapping[str, FoundTopic])
     for partition, log_range in bounds.items():
         offset, end = committed[partition].offset, log_range.stop
         if offset < log_range.start:
-            warn_of_deleted_clicks(partition, offset, log_range.start)
+            warn_of_deleted_clicks(partition, range(offset, log_range.start))
         if offset > end:
             raise TopicsError(
                 f"group {settings.app_id} has committed offset {offset} of partition {partition}"

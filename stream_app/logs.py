@@ -118,10 +118,13 @@ def configure_logging(settings: Settings) -> None:
     threading.excepthook = _log_end_of_thread
 
 
-def warn_of_deleted_clicks(partition: int, first: int, end: int) -> None:
-    """Log that clicks have gone with the beginning of their log, from one offset to before another."""
+def warn_of_deleted_clicks(partition: int, offsets: range) -> None:
+    """Log that clicks, or ends of transactions, have gone with the beginning of their log."""
     structlog.get_logger(__name__).warning(
-        "clicks were deleted before they were read", partition=partition, from_offset=first, to_offset=end
+        "clicks were deleted before they were read",
+        partition=partition,
+        from_offset=offsets.start,
+        to_offset=offsets.stop,
     )
 
 

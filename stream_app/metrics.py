@@ -41,7 +41,7 @@ class Metrics:
 
         self.deleted_unread = Gauge(
             "stream_app_clicks_deleted_unread",
-            "Offsets of clicks that Kafka deleted before this worker had read them",
+            "Offsets, of clicks or of ends of transactions, that Kafka deleted before this worker had read them",
             registry=self._registry,
         )
 

@@ -52,8 +52,9 @@ _MOST_BYTES = 64 << 20
 _WAIT_SECONDS = 0.1
 
 
-#: Between two questions where logs begin.
+#: Between two questions where logs begin, and for an answer.
 _GAP_SECONDS = 5.0
+_GAP_TIMEOUT_SECONDS = 1.0
 
 
 #: How much longer a poll may take that a rebalance falls into.
@@ -208,9 +209,9 @@ class RecordBatchConsumer(driver.Consumer):
         self._settled = False
         self._log_starts: dict[TP, int] = {}
         self._following: dict[TP, int] = {}  # source → the offset that is to be read next
-        self._gaps: dict[TP, int] = {}
+        self._gaps: dict[TP, list[range]] = {}  # offsets that were passed over
         self._next_look_at_gaps = 0.0
-        #: Offsets of clicks that the log lost before they were read.
+        #: Offsets that the log lost before they were read: of clicks, or of ends of transactions.
         self.deleted_unread = 0
 
     @property
@@ -254,7 +255,7 @@ class RecordBatchConsumer(driver.Consumer):
     def _note_gap(self, tp: TP, records: Sequence[Any]) -> None:
         following = self._following.get(tp, records[0].offset)
         if records[0].offset > following and not self._is_changelog_tp(tp):
-            self._gaps.setdefault(tp, following)
+            self._gaps.setdefault(tp, []).append(range(following, records[0].offset))
         self._following[tp] = records[-1].offset + 1
 
     async def _look_at_gaps(self) -> None:
@@ -264,17 +265,20 @@ class RecordBatchConsumer(driver.Consumer):
         """
         if not self._gaps or time.monotonic() < self._next_look_at_gaps:
             return
-        self._next_look_at_gaps = time.monotonic() + _GAP_SECONDS
-        gaps, self._gaps = self._gaps, {}
         try:
-            starts = await self.earliest_offsets(*gaps)
+            async with asyncio.timeout(_GAP_TIMEOUT_SECONDS):  # nothing is read meanwhile
+                starts = await self.earliest_offsets(*self._gaps)
         except (KafkaError, TimeoutError):
-            self._gaps = gaps
             return
-        for tp, position in gaps.items():
-            if starts[tp] > position:
-                self.deleted_unread += starts[tp] - position
-                warn_of_deleted_clicks(tp.partition, position, starts[tp])
+        finally:
+            self._next_look_at_gaps = time.monotonic() + _GAP_SECONDS
+        gaps, self._gaps = self._gaps, {}
+        for tp, of_partition in gaps.items():
+            for gap in of_partition:
+                deleted = range(gap.start, min(gap.stop, starts[tp]))
+                if deleted:
+                    self.deleted_unread += len(deleted)
+                    warn_of_deleted_clicks(tp.partition, deleted)
 
     async def _poll(self, timeout: float) -> tuple[Mapping[TP, Sequence[Any]], frozenset[TP]]:
         """What was fetched of the partitions that may be polled now, and which these are.
@@ -470,7 +474,7 @@ class RecordBatchConsumer(driver.Consumer):
     @property
     def is_idle(self) -> bool:
         """Whether nothing is delivered that isn't acknowledged, and nothing acknowledged that isn't committed."""
-        return not self._delivered and not any(self._acked.values())
+        return not self._delivered and not any(self._acked.values()) and self._commit_fut is None
 
     def is_in_touch(self) -> bool:
         """Whether the group's coordinator answers: this worker is a member, and can commit."""

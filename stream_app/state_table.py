@@ -196,18 +196,28 @@ class UserStateStore(SerializedStore):
         Raises:
             StateError: between what this database holds and where a batch was read from lie offsets.
         """
+        self.refuse_deleted(tp, read.log_start)
         held = self.persisted_offset(tp)
         following = 0 if held is None else held + 1
-        if read.log_start > following:  # compaction leaves a log's beginning where it was
-            raise StateError(
-                f"partition {tp.partition} of the changelog begins at offset {read.log_start}, and this worker's copy"
-                f" of it ends before offset {following}: records between were deleted, as cleanup.policy=delete does,"
-                " and states with them; go on with a new STREAM_APP_APP_ID, which begins with new states"
-            )
         if read.start is not None and read.start > following:
             raise StateError(
                 f"partition {tp.partition} of the changelog was read from offset {read.start} on instead of "
                 f"{following}: start the worker again, it goes on with what its copy in {self._folder()} holds"
+            )
+
+    def refuse_deleted(self, tp: TP, log_start: int) -> None:
+        """Check that the log begins before this database ends. Compaction leaves a log's beginning where it was.
+
+        Raises:
+            StateError: records between were deleted.
+        """
+        held = self.persisted_offset(tp)
+        following = 0 if held is None else held + 1
+        if log_start > following:
+            raise StateError(
+                f"partition {tp.partition} of the changelog begins at offset {log_start}, and this worker's copy of it"
+                f" ends before offset {following}: records between were deleted, as cleanup.policy=delete does, and"
+                " states with them; go on with a new STREAM_APP_APP_ID, which begins with new states"
             )
 
     async def on_rebalance(

@@ -155,6 +155,7 @@ async def ensure_topics(settings: Settings) -> list[TopicOutcome]:
     wanted = wanted_topics(settings)
     async with admin_client(settings) as admin:
         there = await _find(admin, wanted)
+        _refuse_mismatches([topic for topic in wanted if topic.name in there], there, settings)
         missing = [topic for topic in wanted if topic.name not in there]
         if missing:
             await _create(admin, missing, settings)
@@ -208,8 +209,11 @@ def _missing(settings: Settings, names: Sequence[str]) -> TopicsError:
 
 def _refuse_mismatches(wanted: Sequence[WantedTopic], found: Mapping[str, FoundTopic], settings: Settings) -> None:
     # The changelog has to have as many partitions as the clicks topic, whatever the setting says.
-    clicks = found[settings.clicks_topic].partitions
-    judged = [replace(each, partitions=clicks) if each.name == settings.changelog_topic else each for each in wanted]
+    clicks = found.get(settings.clicks_topic)
+    judged = [
+        replace(each, partitions=clicks.partitions) if clicks and each.name == settings.changelog_topic else each
+        for each in wanted
+    ]
     wrong = [text for topic in judged for text in mismatches(topic, found[topic.name], settings)]
     if wrong:
         raise TopicsError("; ".join(wrong))

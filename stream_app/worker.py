@@ -246,25 +246,24 @@ async def _drain(parts: Parts, pipeline: asyncio.Task[None], seconds: float, idl
     """Finish what is in flight, commit, leave the group.
 
     Faust's stop is not awaited beyond the deadline: parts of it swallow a cancellation and wait on. A worker that has
-    nothing in flight while its group rebalances is not held up by that: Kafka answers when the other members have come
-    or their sessions have ended.
+    nothing in flight while its group rebalances is not held up by that, and ends without having left: Kafka answers
+    when the other members have come or their sessions have ended.
 
     Raises:
         WorkerError or what the pipeline raised: it took longer than it may, or the pipeline died meanwhile; what was
             not acknowledged is done again by the next owner.
     """
     consumer = cast("RecordBatchConsumer", parts.app.consumer)
-    is_idle = consumer.is_idle and not is_settled(parts.app)
+    rebalances = not is_settled(parts.app)
     stopping = asyncio.create_task(parts.app.stop(), name="stop")
-    await asyncio.wait(
-        {stopping, pipeline}, timeout=idle_seconds if is_idle else seconds, return_when=asyncio.FIRST_COMPLETED
-    )
-    if stopping.done():
-        return stopping.result()
-    if pipeline.done():
-        pipeline.result()
-    if is_idle:
-        return None
+    for timeout in (idle_seconds, seconds - idle_seconds):
+        await asyncio.wait({stopping, pipeline}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if stopping.done():
+            return stopping.result()
+        if pipeline.done():
+            pipeline.result()
+        if rebalances and consumer.is_idle:
+            return None
     raise WorkerError(
         "draining takes longer than STREAM_APP_SHUTDOWN_SECONDS allows, or Kafka does not answer; "
         "what is not acknowledged is done again by the partitions' next owner"

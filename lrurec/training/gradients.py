@@ -15,7 +15,7 @@ from lrurec.training.windows import Batch
 def loss_with_gradients(model: LRURec, batch: Batch, smoothing: float, precision: Precision) -> Tensor:
     """The mean cross entropy of a batch's labels, in nats; the gradients are left in the parameters' `.grad`.
 
-    Those must be None before. See `softmax_cross_entropy`, also for its errors.
+    Those must be None before, and the item table one that learns. See `softmax_cross_entropy`, also for its errors.
     """
     table = model.item_embedding.weight
     embedded = table.detach()[batch.items].requires_grad_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import SimpleNamespace
@@ -255,6 +256,37 @@ async def test_clicks_that_are_deleted_before_they_are_read_are_told_of_and_coun
             await delivered(consumer, {SOURCE: records(first, 5)})
     assert [(line["from_offset"], line["to_offset"]) for line in lines] == [(20, 25)]
     assert consumer.deleted_unread == 5
+
+
+async def test_what_was_read_between_two_gaps_is_not_taken_for_deleted(consumer: Consumer) -> None:
+    await open_source(consumer)
+    consumer._next_look_at_gaps = math.inf
+    for first in (10, 16, 40):  # the end of a transaction at 15, and a gap behind 20
+        await delivered(consumer, {SOURCE: records(first, 5)})
+    consumer._next_look_at_gaps = 0.0
+    consumer.log_start = 30
+    await delivered(consumer, {SOURCE: records(45, 5)})
+    assert consumer.deleted_unread == 1 + 9  # 15, which the log has lost by now, and 21..29
+
+
+async def test_where_kafka_does_not_say_where_a_log_begins_it_is_asked_again(
+    consumer: Consumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(*partitions: TP) -> dict[TP, int]:
+        await asyncio.Event().wait()
+        return {}
+
+    monkeypatch.setattr(record_batches, "_GAP_TIMEOUT_SECONDS", 0.01)
+    monkeypatch.setattr(record_batches, "_GAP_SECONDS", 0.0)
+    await open_source(consumer)
+    consumer.log_start = 30
+    with monkeypatch.context() as patch:
+        patch.setattr(consumer, "earliest_offsets", never)
+        for first in (10, 30):
+            await delivered(consumer, {SOURCE: records(first, 5)})
+    assert consumer.deleted_unread == 0
+    await delivered(consumer, {SOURCE: records(35, 5)})
+    assert consumer.deleted_unread == 15
 
 
 async def test_no_more_is_delivered_than_may_be_unacknowledged_though_faust_has_not_taken_it(

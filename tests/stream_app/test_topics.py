@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 
@@ -33,6 +34,9 @@ def create(admin):
         topic = NewTopic(name, partitions, 1, topic_configs={"cleanup.policy": policy})
         response = await admin.create_topics([topic])
         assert response.topic_errors[0][1] == 0
+        async with asyncio.timeout(20):
+            while name not in await admin.list_topics():  # noqa: ASYNC110  (Kafka's)
+                await asyncio.sleep(0.05)
 
     return create_with
 
@@ -105,6 +109,13 @@ async def test_another_partition_count_is_refused(settings, create, topic, mende
     await create(getattr(settings, topic), 5, "compact" if topic == "changelog_topic" else "delete")
     with pytest.raises(TopicsError, match=rf"{getattr(settings, topic)} has 5 partitions, wanted 3 .*{mended}"):
         await ensure_topics(settings)
+
+
+async def test_no_topic_is_made_for_clicks_that_do_not_fit_the_setting(settings, create, admin):
+    await create(settings.clicks_topic, 5, "delete")
+    with pytest.raises(TopicsError, match="set STREAM_APP_PARTITIONS=5"):
+        await ensure_topics(settings)
+    assert settings.changelog_topic not in await admin.list_topics()
 
 
 async def test_where_only_the_setting_differs_nobody_is_told_to_leave_states_behind(settings, create):

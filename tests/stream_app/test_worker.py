@@ -699,6 +699,41 @@ async def test_a_lost_changelog_is_refused_though_the_disk_is_lost_too(
     assert re.search(rf"Error: topic {site.changelog} was deleted and made anew.*STREAM_APP_APP_ID", refused.stderr)
 
 
+@pytest.mark.parametrize("kept_disk", [False, True])
+async def test_a_changelog_that_was_emptied_is_refused_before_a_click_is_read(
+    site: Site, bundle: Bundle, admin: AIOKafkaAdminClient, kept_disk: bool
+) -> None:
+    await produce(site, [click("u", "1")])
+    with WorkerProcess(site) as worker:
+        worker.wait_ready()
+        await recommendations_for(site, 1)
+        assert worker.terminate() == 0, worker.tail()
+        kept = shutil.copytree(site.folder / "state", site.folder / "kept")
+    await produce(site, [click("u", "2")])
+    with WorkerProcess(site) as worker:
+        await recommendations_for(site, 2)
+        assert worker.terminate() == 0, worker.tail()
+    shutil.rmtree(site.folder / "state")
+    if kept_disk:
+        shutil.move(kept, site.folder / "state")
+    await set_policy(admin, site.changelog, "delete")
+    logs = [TopicPartition(site.changelog, partition) for partition in range(site.partitions)]
+    async with AIOKafkaConsumer(bootstrap_servers=site.bootstrap) as consumer:
+        ends = await consumer.end_offsets(logs)
+    await admin.delete_records({log: RecordsToDelete(end) for log, end in ends.items()})
+    await set_policy(admin, site.changelog, "compact")
+    await produce(site, [click("u", "3")])
+    with WorkerProcess(site) as worker:
+        assert worker.process.wait(60) == 1, worker.tail()
+        assert "records between were deleted" in worker.tail()
+    assert len(await recommendations_for(site, 2)) == 2
+
+
+async def set_policy(admin: AIOKafkaAdminClient, topic: str, policy: str) -> None:
+    change = ConfigResource(ConfigResourceType.TOPIC, topic, configs={"cleanup.policy": policy})
+    await admin.alter_configs([change])
+
+
 @pytest.mark.parametrize("topic", ["recommendations", "dead_letters", "changelog"])
 async def test_a_topic_made_anew_under_a_running_worker_ends_it_with_what_to_do(
     site: Site, worker: WorkerProcess, recreate: Callable[..., Awaitable[None]], topic: str
