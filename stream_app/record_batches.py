@@ -298,7 +298,7 @@ class RecordBatchConsumer(driver.Consumer):
             await super().seek_wait(partitions)
 
     async def earliest_offsets(self, *partitions: TP) -> Mapping[TP, int]:
-        """Where logs begin; remembered of changelogs, to tell whether one was read from there."""
+        """Where logs begin; remembered, to tell whether a changelog was read from there."""
         found: Mapping[TP, int] = await super().earliest_offsets(*partitions)
         self._log_starts.update(found)
         return found
