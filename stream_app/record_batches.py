@@ -81,15 +81,14 @@ class RecordBatchSchema(Schema):
 
 
 class ChangelogRecords(list[Any]):
-    """Records of a changelog, the offset from which they were read, and the one at which the log begins.
+    """Records of a changelog, and the offset from which they were read.
 
-    The first is None where the position was not known yet, which is so where a log is read from its beginning.
+    It is None where the position was not known yet, which is so where a log is read from its beginning.
     """
 
-    def __init__(self, records: Iterable[Any], start: int | None, log_start: int) -> None:
+    def __init__(self, records: Iterable[Any], start: int | None) -> None:
         super().__init__(records)
         self.start = start
-        self.log_start = log_start
 
 
 class _Thread(driver.AIOKafkaConsumerThread):
@@ -207,7 +206,6 @@ class RecordBatchConsumer(driver.Consumer):
         self._delivered: WeakSet[Message] = WeakSet()
         self._to_open: set[TP] = set()
         self._settled = False
-        self._log_starts: dict[TP, int] = {}
         self._following: dict[TP, int] = {}  # source → the offset that is to be read next
         self._gaps: dict[TP, list[range]] = {}  # offsets that were passed over
         self._next_look_at_gaps = 0.0
@@ -297,12 +295,6 @@ class RecordBatchConsumer(driver.Consumer):
         async with self._polling:
             await super().seek_wait(partitions)
 
-    async def earliest_offsets(self, *partitions: TP) -> Mapping[TP, int]:
-        """Where logs begin; remembered, to tell whether a changelog was read from there."""
-        found: Mapping[TP, int] = await super().earliest_offsets(*partitions)
-        self._log_starts.update(found)
-        return found
-
     def _batch(
         self, tp: TP, records: Sequence[Any], before: Mapping[TP, int], positions: Mapping[TP, int]
     ) -> ConsumerMessage:
@@ -313,7 +305,7 @@ class RecordBatchConsumer(driver.Consumer):
         """
         if self._is_changelog_tp(tp):
             end = max([positions.get(tp, 0) - 1, *(record.offset for record in records[-1:])])
-            return self._message(tp, ChangelogRecords(records, before.get(tp), self._log_starts.get(tp, 0)), end)
+            return self._message(tp, ChangelogRecords(records, before.get(tp)), end)
         message = self._message(tp, records, records[-1].offset)
         message.serialized_value_size = sum(map(_bytes_of, records))
         self._delivered.add(message)

@@ -196,7 +196,6 @@ class UserStateStore(SerializedStore):
         Raises:
             StateError: between what this database holds and where a batch was read from lie offsets.
         """
-        self.refuse_deleted(tp, read.log_start)
         held = self.persisted_offset(tp)
         following = 0 if held is None else held + 1
         if read.start is not None and read.start > following:

@@ -32,7 +32,8 @@ from tests.chaos.schedule import (
     Stall,
     draw,
 )
-from tests.chaos.stage import REQUEST_SECONDS, SESSION_SECONDS
+from tests.chaos.stage import REQUEST_SECONDS, SESSION_SECONDS, terminate
+from tests.chaos.workers import Workers
 from tests.stream_app.live import wait_until
 
 FEW = st.integers(0, 4)
@@ -121,6 +122,13 @@ def test_a_jumping_clock_is_hours_wrong_and_leaves_the_monotonic_one_alone(monke
     let_jump([5, -7], seconds=0.05)
     wait_until(saw_both, 10)
     assert time.monotonic() - began < 60
+
+
+async def test_a_worker_that_is_asked_to_end_as_soon_as_it_is_forked_ends_well(tmp_path: Path) -> None:
+    async with Workers() as workers:
+        for _ in range(10):
+            worker = await workers.start(tmp_path / "log", {})
+            assert await terminate(worker) == 0, worker.last_words()
 
 
 async def after(folder: Path, actions: list[Action], **options: Any) -> tuple[Harness, dict[str, Any]]:

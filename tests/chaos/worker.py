@@ -56,10 +56,12 @@ def _serve(ids: dict[int, int], awake: int) -> None:
                 return
             *lines, orders = (orders + received).split(b"\n")
             for order in map(json.loads, lines):
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # it may come before the worker listens
                 pid = os.fork()
                 if not pid:
                     ids.clear()  # they are its siblings
                     _be_a_worker(order)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
                 ids[pid] = order["id"]
                 _answer(id=order["id"], pid=pid)
 
@@ -79,6 +81,8 @@ def _answer(**answer: int) -> None:
 def _be_a_worker(order: dict[str, Any]) -> NoReturn:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # as the command does first of all
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     log = os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     for descriptor, file in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
         os.dup2(file, descriptor)
