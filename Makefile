@@ -26,8 +26,9 @@ $(READY): requirements/dev.txt pyproject.toml
 demo: $(READY)  ## real Kafka, real clicks, live recommendations; CLICKS=5000 ends after that many
 	@exec $(BIN)/stream-app demo $(if $(CLICKS),--clicks $(CLICKS))
 
+# A third process has work for two cores while tests of the others wait.
 test: $(READY)  ## every test, the fast ones first; T=tests/lrurec/test_model.py runs one file
-	$(BIN)/python -m pytest $(if $(T),$(T),--numprocesses 2 --dist worksteal)
+	$(BIN)/python -m pytest $(if $(T),$(T),--numprocesses 3 --dist worksteal)
 
 chaos: $(READY)  ## 200 kills and other accidents, then the proof. A="--seed 7" replays one
 	$(BIN)/python -m tests.chaos $(A)

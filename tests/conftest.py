@@ -1,4 +1,6 @@
-"""Shapes and types of array code are checked at run time, in tests alone: at no cost to users."""
+"""Shapes and types of array code are checked at run time, in tests alone; and what all tests run under."""
+
+import os
 
 import pytest
 from hypothesis import settings
@@ -25,6 +27,9 @@ _CHECKED = (
 )
 
 install_import_hook([f"lrurec.{module}" for module in _CHECKED], "beartype.beartype")
+
+# Brokers of tests live for seconds: what a JVM spends on compiling well doesn't come back.
+os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
 
 # The first example of a property compiles what it calls, and machines that run tests are shared.
 settings.register_profile("no deadline", deadline=None)
