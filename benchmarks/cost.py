@@ -29,7 +29,8 @@ from threadpoolctl import threadpool_limits
 from benchmarks import backlog
 from benchmarks.machine import cpu_seconds, processor
 from lrurec.bundle import load_bundle
-from lrurec.serving import Clicks, build_engine, state_layout
+from lrurec.engine import Clicks
+from lrurec.serving import build_engine, state_layout
 from stream_app.dev.kafka.broker import LocalBroker
 from stream_app.messages import ClickLimits, decode_clicks
 from stream_app.micro_batch import MicroBatcher

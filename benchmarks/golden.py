@@ -15,7 +15,8 @@ import torch
 
 from lrurec.bundle import Bundle
 from lrurec.convert import convert
-from lrurec.serving import Clicks, build_engine, state_layout
+from lrurec.engine import Clicks
+from lrurec.serving import build_engine, state_layout
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "lrurec" / "golden"
 FILES = {"public_small_d16_b1.npz": 2e-6, "public_large_d64_b2.npz": 1e-4}

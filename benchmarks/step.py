@@ -30,8 +30,9 @@ from benchmarks.machine import processor
 from lrurec.bundle import Bundle, make_bundle
 from lrurec.catalogue import Catalogue
 from lrurec.config import LRURecConfig
+from lrurec.engine import Clicks, Engine
 from lrurec.model import LRURec
-from lrurec.serving import Clicks, Engine, build_engine, state_layout
+from lrurec.serving import build_engine, state_layout
 from lrurec.threads import limited_threads
 from lrurec.user_state import UserStates
 

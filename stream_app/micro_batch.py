@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lrurec.serving import Clicks, Engine, Ranking
+from lrurec.engine import Clicks, Engine, Ranking
 from stream_app.messages import (
     ClickColumns,
     ClickLimits,

@@ -1,6 +1,7 @@
 """Golden vectors of the published implementation, and small models of our own."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,10 @@ from lrurec.catalogue import Catalogue
 from lrurec.config import LRURecConfig
 from lrurec.convert import convert
 from lrurec.model import LRURec
+
+# Without a GPU Triton's kernels run on the CPU, by its interpreter; Triton reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 GOLDEN = Path(__file__).with_name("golden")
 

@@ -22,9 +22,11 @@ from threadpoolctl import threadpool_limits
 from lrurec.bundle import make_bundle
 from lrurec.catalogue import Catalogue
 from lrurec.config import LRURecConfig
+from lrurec.device.engine import TorchEngine
+from lrurec.engine import Clicks
 from lrurec.model import LRURec
 from lrurec.recurrence import RING
-from lrurec.serving import Clicks, CompiledEngine, TorchEngine, state_layout
+from lrurec.serving import CompiledEngine, state_layout
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -173,7 +175,7 @@ def compiled(bundle, precision="float32"):
 def on_torch(bundle, precision="float32", device="cpu"):
     layout = state_layout(bundle, precision)
     every = bundle.config.num_items
-    return TorchEngine(bundle, layout, top_k=every, exclude_seen=False, device=torch.device(device))
+    return TorchEngine(bundle, layout, top_k=every, exclude_seen=False, device=torch.device(device), max_batch=1)
 
 
 def on_device(bundle, device):

@@ -11,8 +11,10 @@ from threadpoolctl import threadpool_limits
 
 from lrurec import filtered_ranking
 from lrurec.bundle import make_bundle
+from lrurec.device.engine import TorchEngine
+from lrurec.engine import Clicks
 from lrurec.errors import LRURecError
-from lrurec.serving import ChunkedRanker, Clicks, CompiledEngine, DeviceError, TorchEngine, build_engine, state_layout
+from lrurec.serving import ChunkedRanker, CompiledEngine, DeviceError, build_engine, state_layout
 
 TOLERANCE = 3e-5
 """Of scores in float32, between the forms."""
@@ -38,9 +40,13 @@ def compiled(bundle, precision="float32", *, k=10, exclude_seen=True, recent=100
     return CompiledEngine(bundle, layout, top_k=k, exclude_seen=exclude_seen, max_batch=max_batch)
 
 
-def on_torch(bundle, precision="float32", *, k=10, exclude_seen=True, recent=100, device="cpu"):
-    layout = state_layout(bundle, precision, recent)
-    return TorchEngine(bundle, layout, top_k=k, exclude_seen=exclude_seen, device=torch.device(device))
+def on_torch(bundle, precision="float32", *, k=10, exclude_seen=True, recent=100):
+    """On a GPU where there is one."""
+    layout, device = (
+        state_layout(bundle, precision, recent),
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    return TorchEngine(bundle, layout, top_k=k, exclude_seen=exclude_seen, device=device, max_batch=1)
 
 
 def columns(clicks):
