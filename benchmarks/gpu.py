@@ -36,9 +36,10 @@ from lrurec.config import LRURecConfig
 from lrurec.device.engine import Bucket, TorchEngine, float32_products, weights_on
 from lrurec.device.operators import Operators, operators_on
 from lrurec.device.staging import waves_of
-from lrurec.engine import Clicks, fold
+from lrurec.engine import Clicks
 from lrurec.model import LRURec
 from lrurec.serving import state_layout
+from lrurec.weights import fold
 
 TOP_K, SEEN = 10, 100
 
@@ -119,7 +120,7 @@ def bundle_of(items: int) -> Bundle:
 def step_ways(bundle: Bundle, clicks: int, device: torch.device, operators: Operators) -> tuple[Ways, int]:
     """One click of each of as many users; and the bytes that a step must move."""
     layout = state_layout(bundle, recent_capacity=SEEN)
-    weights = weights_on(device, fold(bundle.model))
+    weights = weights_on(device, fold(bundle.config, bundle.weights))
     bucket = Bucket(clicks, weights, layout, TOP_K, device, operators)
     column = one_click_each(bundle, clicks)
     bucket.fill(layout.unpack([None] * clicks), column.item, waves_of(column.user), np.arange(clicks))

@@ -57,7 +57,8 @@ def measure(items: int, width: int, rounds: int) -> None:
     clicks = max(96, min(2_048, SCORES_PER_ROUND // items))
     encodings = torch.nn.functional.layer_norm(torch.randn(clicks, width), [width])
     seen = np.random.default_rng(0).integers(1, items + 1, (clicks, SEEN)).astype(np.int32)
-    rankers = {"float32": ChunkedRanker(model), "lrurec": ranker_of(model)}
+    table, bias = (each.detach().numpy() for each in (model.item_embedding.weight, model.item_bias))
+    rankers = {"float32": ChunkedRanker(table, bias), "lrurec": ranker_of(table, bias)}
     check(model, encodings, seen, rankers)
     run = min(RUNS, key=lambda length: _seconds(lambda: by_torch(model, encodings, length)))
     ways: dict[str, Callable[[], object]] = {"torch": lambda: by_torch(model, encodings, run)}

@@ -19,8 +19,7 @@ Shapes are checked at run time under pytest only.
 
 from typing import TypeAlias
 
-import numpy as np
-from jaxtyping import Bool, Complex64, Float32, Int32, Int64
+from jaxtyping import Bool, Complex64, Float32, Int64
 from torch import Tensor
 
 Items: TypeAlias = Int64[Tensor, " b"]
@@ -46,8 +45,5 @@ UserStates: TypeAlias = Complex64[Tensor, "b l h"]
 
 ItemScores: TypeAlias = Float32[Tensor, "b v"]
 """A score per row of the item table; column 0 belongs to the padding item and is never recommended."""
-
-Rows: TypeAlias = Int32[np.ndarray, " n"]
-"""Rows of the item table as a catalogue gives them; 0 for an unknown item."""
 
 Mask: TypeAlias = Bool[Tensor, " n"]

@@ -1,4 +1,9 @@
-"""A trained model as a folder of tensors and text: written in one piece, checked in full when read."""
+"""A trained model as a folder of arrays and text: written in one piece, checked in full when read.
+
+Reading and checking one takes no torch, so a worker that steps on a CPU starts without it.
+"""
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -6,19 +11,22 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
-import torch
+import numpy as np
+import safetensors.numpy
 from safetensors import SafetensorError
-from torch import Tensor
 
 from lrurec.catalogue import Catalogue
 from lrurec.config import LRURecConfig
 from lrurec.errors import BundleError, CatalogueError, ConfigError
-from lrurec.model import LRURec
+from lrurec.weights import first_fault, first_not_finite
+
+if TYPE_CHECKING:
+    from lrurec.model import LRURec
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -29,12 +37,14 @@ VERSION_DIGITS = 16
 """Hexadecimal digits of a version: 64 bits, so that a user state can carry it as one number."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Bundle:
-    """A model and all that is needed to use it. The model is in evaluation mode, on the CPU."""
+    """A model and all that is needed to use it."""
 
     config: LRURecConfig
-    model: LRURec
+    weights: Mapping[str, np.ndarray] = field(repr=False, compare=False)
+    """By the names of `LRURec.state_dict`; float32."""
+
     catalogue: Catalogue
     version: str
     """16 hexadecimal digits of the SHA-256 over architecture, item ids and weights: equal means equal answers."""
@@ -42,16 +52,23 @@ class Bundle:
     metadata: Mapping[str, Any]
     """Where the weights come from: data, arguments, versions, metrics. JSON values; not part of the version."""
 
+    @cached_property
+    def model(self) -> LRURec:
+        """The model with these weights, not a copy of them: in evaluation mode, on the CPU."""
+        from lrurec.model import with_weights
+
+        return with_weights(self.config, self.weights)
+
 
 def make_bundle(
     config: LRURecConfig,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Any],
     catalogue: Catalogue,
     metadata: Mapping[str, Any] | None = None,
     *,
     source: str = "the model",
 ) -> Bundle:
-    """A bundle of a model's `state_dict`, copied. `source` names it in errors.
+    """A bundle of a model's `state_dict`, copied: tensors of any device, or arrays. `source` names it in errors.
 
     Raises `BundleError` for weights that do not fit the config or are not finite, and a catalogue of another length.
     """
@@ -59,9 +76,12 @@ def make_bundle(
         raise BundleError(
             f"{source}: {len(catalogue)} item ids for a model of {config.num_items} items; give one id per item"
         )
-    copied = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
-    model = _model_of(config, copied, source)
-    return Bundle(config, model, catalogue, _fingerprint(config, copied, catalogue), dict(metadata or {}))
+    if fault := first_fault(config, weights):
+        raise BundleError(f"{source}: {fault}")
+    copied = {name: _copied(value) for name, value in weights.items()}
+    if fault := first_not_finite(config, copied):
+        raise BundleError(f"{source}: {fault}")
+    return Bundle(config, copied, catalogue, _fingerprint(config, copied, catalogue), dict(metadata or {}))
 
 
 def save_bundle(folder: Path | str, bundle: Bundle) -> None:
@@ -122,59 +142,17 @@ def load_bundle(folder: Path | str) -> Bundle:
     return bundle
 
 
-def _model_of(config: LRURecConfig, weights: Mapping[str, Tensor], source: str) -> LRURec:
-    # Before a model is built: a config that was tampered with must not cost more memory than the weights do.
-    if fault := _size_fault(config, weights):
-        raise BundleError(f"{source}: {fault}")
-    with torch.device("meta"):
-        model = LRURec(config)
-    if fault := _first_fault(model.state_dict(), weights):
-        raise BundleError(f"{source}: {fault}")
-    model.load_state_dict(dict(weights), assign=True)
-    model.eval().requires_grad_(False)
-    # Finite weights may still overflow: in an exponential of the eigenvalues, in a norm, in a product.
-    if not bool(model.scores(model.cold_start()[None]).isfinite().all()):
-        raise BundleError(f"{source}: weights give scores that are no numbers; train or convert the model again")
-    return model
+def _copied(value: Any) -> np.ndarray:
+    return np.array(value.detach().cpu().numpy() if hasattr(value, "detach") else value, order="C")
 
 
-def _size_fault(config: LRURecConfig, weights: Mapping[str, Tensor]) -> str | None:
-    table = weights.get("item_embedding.weight")
-    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    shape = None if table is None else list(table.shape)
-    if shape == [config.num_items + 1, config.hidden_units] and len(blocks) == config.num_blocks:
-        return None
-    return (
-        f"weights have an item table {shape} and {len(blocks)} blocks, the architecture says "
-        f"{[config.num_items + 1, config.hidden_units]} and {config.num_blocks}; are the files of one bundle?"
-    )
-
-
-def _first_fault(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
-    if missing := sorted(expected.keys() - given.keys()):
-        return f"weights lack {missing[0]!r} ({len(missing)} missing); is it a bundle of another architecture?"
-    if unknown := sorted(given.keys() - expected.keys()):
-        return f"weights hold {unknown[0]!r}, which no LRURec has; is it a bundle of another architecture?"
-    for name, tensor in expected.items():
-        value = given[name]
-        if value.shape != tensor.shape or value.dtype != tensor.dtype:
-            return f"{name!r} is {_describe(value)}, the architecture needs {_describe(tensor)}"
-        if not bool(value.isfinite().all()):
-            return f"{name!r} holds NaN or infinite numbers; train or convert the model again"
-    return None
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _fingerprint(config: LRURecConfig, weights: Mapping[str, Tensor], catalogue: Catalogue) -> str:
+def _fingerprint(config: LRURecConfig, weights: Mapping[str, np.ndarray], catalogue: Catalogue) -> str:
     digest = hashlib.sha256()
     digest.update(_json_line(config.to_json()))
     digest.update(_json_line(catalogue.item_ids))
     for name in sorted(weights):
         digest.update(_json_line([name, list(weights[name].shape)]))
-        digest.update(weights[name].numpy().astype("<f4", copy=False).tobytes())
+        digest.update(weights[name].astype("<f4", copy=False).tobytes())
     return digest.hexdigest()[:VERSION_DIGITS]
 
 
@@ -190,8 +168,7 @@ def _write_files(folder: Path, bundle: Bundle) -> None:
         "architecture": bundle.config.to_json(),
         "metadata": bundle.metadata,
     }
-    weights = {name: value.contiguous() for name, value in bundle.model.state_dict().items()}
-    _write(folder / WEIGHTS_FILE, safetensors.torch.save(weights))
+    _write(folder / WEIGHTS_FILE, safetensors.numpy.save(dict(bundle.weights)))
     _write(folder / ITEMS_FILE, bundle.catalogue.to_text().encode())
     _write(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
 
@@ -239,10 +216,12 @@ def _read_catalogue(path: Path) -> Catalogue:
         raise BundleError(f"{path}: {error}") from error
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def _read_weights(path: Path) -> dict[str, np.ndarray]:
     try:
-        return safetensors.torch.load(_read(path))
-    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
+        return safetensors.numpy.load(_read(path))
+    except KeyError as error:  # a type that numpy doesn't have
+        raise BundleError(f"{path} holds numbers of type {error}, the architecture needs float32") from error
+    except (SafetensorError, ValueError, RuntimeError, TypeError) as error:
         raise BundleError(f"{path} is not a whole safetensors file ({error}); copy the bundle again") from error
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from jaxtyping import Int32
 
-from lrurec.array_types import Rows
 from lrurec.errors import CatalogueError
 
 UNKNOWN = 0
@@ -60,7 +60,7 @@ class Catalogue:
     def __repr__(self) -> str:
         return f"Catalogue({len(self)} items)"
 
-    def rows(self, item_ids: Sequence[str]) -> Rows:
+    def rows(self, item_ids: Sequence[str]) -> Int32[np.ndarray, " n"]:
         """The row of each id, `UNKNOWN` (0) for those that the catalogue does not hold."""
         row_of = self._rows.get
         return np.fromiter((row_of(item_id, UNKNOWN) for item_id in item_ids), np.int32, len(item_ids))

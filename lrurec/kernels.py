@@ -175,7 +175,7 @@ def advance(users, items, weights, hidden, half, recent_items, clicks, encodings
     Args:
         users: (n,) row of each click's user; clicks of one user in their order.
         items: (n,) item row of each click, 1..v.
-        weights: `engine.Weights`.
+        weights: `FoldedWeights`.
         hidden: (u, l, 2, h) float32, real and imaginary parts of every user's state; advanced in place.
         half: round the hidden state to float16 after every click.
         recent_items: (u, R) int32 ring, advanced in place.

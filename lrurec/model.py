@@ -1,8 +1,9 @@
 """LRURec: item embedding → blocks of LRU and feed-forward → a score for every item."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
+import numpy as np
 import torch
 from jaxtyping import Complex64, Float, Float32, Int64
 from torch import Tensor, nn
@@ -197,3 +198,11 @@ class LRURec(nn.Module):
             x, h = block(x, position, None if state is None else state[:, index])
             states.append(h)
         return x, states
+
+
+def with_weights(config: LRURecConfig, weights: Mapping[str, np.ndarray]) -> LRURec:
+    """The model with these weights, not a copy of them: in evaluation mode, on the CPU, nothing to be trained."""
+    with torch.device("meta"):
+        model = LRURec(config)
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, assign=True)
+    return model.eval().requires_grad_(requires_grad=False)

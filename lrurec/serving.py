@@ -6,19 +6,18 @@ contract, `Engine`: compiled loops on the CPU, `lrurec.device` on a GPU.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from jaxtyping import Float32, Int32, Int64
 
 from lrurec import filtered_ranking, kernels
 from lrurec.bundle import Bundle
-from lrurec.device.engine import TorchEngine
-from lrurec.engine import Clicks, Engine, Ranking, empty_ranking, fold
+from lrurec.engine import Clicks, Engine, Ranking, empty_ranking
 from lrurec.errors import DeviceError
-from lrurec.model import LRURec
 from lrurec.user_state import UNKNOWN_LOG, StateLayout, UserStates
+from lrurec.weights import fold
 
 #: Items in one scoring product: 32 rows of 4,096 float32 scores stay in a core's second-level cache.
 CHUNK_ITEMS = 4_096
@@ -49,19 +48,29 @@ def build_engine(
     Raises:
         DeviceError: cuda was asked for and there is none.
     """
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
+    if device == "cpu" or (device == "auto" and not _has_driver()):
+        return CompiledEngine(bundle, layout, top_k=top_k, exclude_seen=exclude_seen, max_batch=max_batch)
+    import torch
+
+    if torch.cuda.is_available():
+        from lrurec.device.engine import TorchEngine
+
+        cuda = torch.device("cuda")
+        return TorchEngine(bundle, layout, top_k=top_k, exclude_seen=exclude_seen, device=cuda, max_batch=max_batch)
+    if device == "cuda":
         raise DeviceError("device cuda was asked for, but torch finds no CUDA device here; choose auto or cpu")
-    if available and device != "cpu":
-        return TorchEngine(
-            bundle,
-            layout,
-            top_k=top_k,
-            exclude_seen=exclude_seen,
-            device=torch.device("cuda"),
-            max_batch=max_batch,
-        )
     return CompiledEngine(bundle, layout, top_k=top_k, exclude_seen=exclude_seen, max_batch=max_batch)
+
+
+def _has_driver() -> bool:
+    """Whether there is a CUDA driver; without one torch finds no device."""
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            continue
+        return True
+    return False
 
 
 class CompiledEngine:
@@ -71,8 +80,8 @@ class CompiledEngine:
         self, bundle: Bundle, layout: StateLayout, *, top_k: int, exclude_seen: bool, max_batch: int = 2_048
     ) -> None:
         self.layout = layout
-        self._weights = fold(bundle.model)
-        self._ranker = ranker_of(bundle.model)
+        self._weights = fold(bundle.config, bundle.weights)
+        self._ranker = ranker_of(bundle.weights["item_embedding.weight"], bundle.weights["item_bias"])
         self._top_k = top_k
         self._exclude_seen = exclude_seen
         self._rows = -(-max_batch // kernels.TILE) * kernels.TILE
@@ -160,8 +169,8 @@ class Ranker(Protocol):
 class ChunkedRanker:
     """Scores every item in float32, a run of items at a time: for any CPU."""
 
-    def __init__(self, model: LRURec) -> None:
-        self._item_chunks = chunks_of_items(model)
+    def __init__(self, table: Float32[np.ndarray, "v d"], bias: Float32[np.ndarray, " v"]) -> None:
+        self._item_chunks = chunks_of_items(table, bias)
 
     def rank(
         self,
@@ -175,18 +184,18 @@ class ChunkedRanker:
         kernels.rank(encodings, wanted, self._item_chunks, seen, top_items, top_scores)
 
 
-def ranker_of(model: LRURec) -> Ranker:
-    """The fastest that this CPU has the instructions for."""
+def ranker_of(table: Float32[np.ndarray, "v d"], bias: Float32[np.ndarray, " v"]) -> Ranker:
+    """The fastest that this CPU has the instructions for; row 0 is the padding item's, and never ranked."""
     if not filtered_ranking.is_supported():
-        return ChunkedRanker(model)
-    parameters = (model.item_embedding.weight, model.item_bias)
-    table, bias = (parameter.detach().cpu().numpy()[1:] for parameter in parameters)
-    return filtered_ranking.FilteredRanker(table, bias)
+        return ChunkedRanker(table, bias)
+    return filtered_ranking.FilteredRanker(table[1:], bias[1:])
 
 
-def chunks_of_items(model: LRURec) -> Float32[np.ndarray, "chunks d_plus_1 width"]:
+def chunks_of_items(
+    table: Float32[np.ndarray, "v d"], bias: Float32[np.ndarray, " v"]
+) -> Float32[np.ndarray, "chunks d_plus_1 width"]:
     """Eᵀ with the bias as a last row, as `kernels.rank` takes it: items 1..N in runs; places beyond N score -inf."""
-    table = np.concatenate([model.item_embedding.weight.detach().cpu(), model.item_bias.detach().cpu()[:, None]], 1)[1:]
+    table = np.concatenate([table, bias[:, None]], 1)[1:]
     items, rows = table.shape
     width = min(CHUNK_ITEMS, items)
     chunks = -(-items // width)

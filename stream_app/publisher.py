@@ -97,7 +97,9 @@ class Publisher:
                 f"{self._kafka} did not answer within {self._timeout_seconds:g} s; is it up?"
             ) from None
         except KafkaError as error:
-            raise BrokerUnavailable(f"{self._kafka} did not let the producer in: {error!r}; may it write?") from None
+            raise BrokerUnavailable(
+                f"{self._kafka} did not let the producer in: {error!r}; is it up, and may it write?"
+            ) from None
 
     async def stop(self) -> None:
         """Disconnect; what is not acknowledged by then may be lost."""

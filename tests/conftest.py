@@ -8,7 +8,6 @@ from jaxtyping import install_import_hook
 
 #: Every module of lrurec with functions that take arrays; compiled loops have types of their own.
 _CHECKED = (
-    "bundle",
     "catalogue",
     "convert",
     "device.engine",

@@ -20,8 +20,9 @@ from torch.nn import functional
 from lrurec.bundle import Bundle
 from lrurec.device.operators import Operators, operators_on
 from lrurec.device.staging import Staging, Waves, waves_of
-from lrurec.engine import Clicks, Ranking, Weights, empty_ranking, fold
+from lrurec.engine import Clicks, Ranking, empty_ranking
 from lrurec.user_state import StateLayout, UserStates
+from lrurec.weights import FoldedWeights, fold
 
 SMALLEST_BUCKET = 16
 
@@ -61,9 +62,9 @@ class TorchEngine:
         self._exclude_seen = exclude_seen
         self._device = device
         self._operators = operators or operators_on(device)
-        self._weights = weights_on(device, fold(bundle.model))
-        self._table = bundle.model.item_embedding.weight.detach().to(device)
-        self._bias = bundle.model.item_bias.detach().to(device, copy=True)
+        self._weights = weights_on(device, fold(bundle.config, bundle.weights))
+        self._table = torch.from_numpy(bundle.weights["item_embedding.weight"]).to(device)
+        self._bias = torch.from_numpy(bundle.weights["item_bias"]).to(device, copy=True)
         self._bias[0] = -torch.inf  # the padding item is never recommended
         self._buckets: dict[int, Bucket] = {}
         if device.type == "cuda":
@@ -146,14 +147,14 @@ class BlockWeights(NamedTuple):
 
 
 class DeviceWeights(NamedTuple):
-    """`Weights`, on the device."""
+    """`FoldedWeights`, on the device."""
 
     embedded: Float32[Tensor, "v d"]
     blocks: list[BlockWeights]
     epsilon: float
 
 
-def weights_on(device: torch.device, weights: Weights) -> DeviceWeights:
+def weights_on(device: torch.device, weights: FoldedWeights) -> DeviceWeights:
     columns = {name: torch.from_numpy(getattr(weights, name)).to(device) for name in BlockWeights._fields}
     blocks = [
         BlockWeights(**{name: column[index] for name, column in columns.items()}) for index in range(len(weights.decay))

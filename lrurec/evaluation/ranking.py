@@ -39,7 +39,8 @@ def lists_by_model(model: LRURec, histories: Histories, *, window: int) -> Lists
     """
     recent = histories.last(window)
     lists = np.zeros((len(recent), LIST_LENGTH), np.int32)
-    item_chunks = chunks_of_items(model)
+    table, bias = (each.detach().cpu().numpy() for each in (model.item_embedding.weight, model.item_bias))
+    item_chunks = chunks_of_items(table, bias)
     with limited_threads(None):
         for users in _batches(recent.lengths, num_rows=1):
             part = recent.take(users)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -39,6 +40,13 @@ def test_a_bundle_shares_no_memory_with_the_model_it_was_made_of(small_bundle):
     bundle = make_bundle(small_bundle.config, weights, small_bundle.catalogue)
     weights["item_bias"].fill_(9)
     assert torch.equal(bundle.model.item_bias, small_bundle.model.item_bias)
+
+
+def test_its_model_is_these_weights_and_not_a_copy_of_them(small_bundle):
+    assert small_bundle.model is small_bundle.model
+    for name, value in small_bundle.model.state_dict().items():
+        assert np.shares_memory(value.numpy(), small_bundle.weights[name])
+    assert not any(parameter.requires_grad for parameter in small_bundle.model.parameters())
 
 
 def test_a_bundle_can_be_replaced_and_leaves_nothing_beside_it(folder, small_bundle):
@@ -170,6 +178,9 @@ FAULTS = {
     "a weight too many": lambda folder: edit_weights(folder, lambda weights: weights.update(extra=torch.ones(1))),
     "half precision": lambda folder: edit_weights(
         folder, lambda weights: weights.update(item_bias=weights["item_bias"].half())
+    ),
+    "brain floats": lambda folder: edit_weights(
+        folder, lambda weights: weights.update(item_bias=weights["item_bias"].bfloat16())
     ),
     "another shape": lambda folder: edit_weights(folder, lambda weights: weights.update(item_bias=torch.ones(20))),
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
 from lrurec import filtered_ranking
-from lrurec.bundle import make_bundle
+from lrurec.bundle import make_bundle, save_bundle
 from lrurec.device.engine import TorchEngine
 from lrurec.engine import Clicks
 from lrurec.errors import LRURecError
@@ -70,6 +73,17 @@ def parallel_scores(model, clicks):
             items = torch.from_numpy(clicks.item[places].astype(np.int64))[None]
             scores[places] = model.scores(model.encode(items, torch.tensor([len(places)]))[0])[:, 1:].numpy()
     return scores
+
+
+@needs_no_gpu
+def test_who_computes_on_a_cpu_never_loads_torch(tmp_path, small_bundle):
+    save_bundle(tmp_path / "b", small_bundle)
+    program = (
+        "import sys; from lrurec.bundle import load_bundle; from lrurec.serving import build_engine, state_layout;"
+        "bundle = load_bundle(sys.argv[1]); build_engine(bundle, state_layout(bundle)); print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, tmp_path / "b"]
+    assert subprocess.check_output(command, text=True, timeout=60) == "False\n"
 
 
 # -- both engines alike
