@@ -112,6 +112,9 @@ class _Thread(driver.AIOKafkaConsumerThread):
         client.commit = commit_with_note
         return client
 
+    def on_crash(self, msg: str, *fmt: Any, **kwargs: Any) -> None:
+        """Add nothing: what ends the thread ends the worker, which says it. Faust would print the traceback."""
+
     async def on_start(self) -> None:
         """Start the consumer; where it has a name of its own, watch that nobody else takes it."""
         await super().on_start()

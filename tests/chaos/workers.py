@@ -97,7 +97,8 @@ class Worker:
         """
         lines = [line for line in self.said().splitlines() if not line.startswith("{")]
         if len(lines) != 1 or not lines[0].startswith("Error: "):
-            raise ChaosError(f"a worker ended with {self.exit_code} without one clear line:\n{self.last_words()}")
+            said = "\n".join(lines) or self.last_words()
+            raise ChaosError(f"a worker ended with {self.exit_code} and not with one clear line:\n{said}")
         return lines[0]
 
 

@@ -13,6 +13,7 @@ import faust
 import pytest
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.errors import KafkaConnectionError
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from faust.assignor.client_assignment import ClientAssignment
 from faust.types import TP
@@ -409,6 +410,15 @@ async def test_a_thread_ends_in_order_though_a_fetch_waits_for_its_next_try(
             client._fetcher._pending_tasks.add(asyncio.create_task(asyncio.sleep(60)))
         assert client._closed
         assert not any(connection.connected() for connection in client._client._conns.values())
+
+
+async def test_a_thread_that_kafka_is_away_from_prints_nothing_of_it(capfd: pytest.CaptureFixture[str]) -> None:
+    with a_consumer() as consumer:
+        thread: Any = consumer._thread
+        with pytest.raises(KafkaConnectionError):
+            await asyncio.to_thread(thread.thread_loop.run_until_complete, thread._serve())
+        assert thread.crashed
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("is_changelog", "most"), [(False, 3), (True, 10)])
