@@ -1,9 +1,11 @@
 """Compiled functions whose machine code is kept on disk, where there is a place for it."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from numba import njit
+from numba.core.caching import FunctionCache
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -13,9 +15,31 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError:  # numba's word for it, before anything is compiled
-            return njit(**options)(function)
+        dispatcher = njit(**options)(function)
+        with suppress(RuntimeError):  # numba's word for no place
+            dispatcher._cache = _Cache(dispatcher.py_func)  # type: ignore[no-untyped-call]
+        return dispatcher
 
     return decorate
+
+
+class _Cache(FunctionCache):
+    """Numba's cache, none of whose files is a reason to fail.
+
+    They outlive the process that wrote them: a disk may have been full or its power lost, and an index names classes by
+    where they stood in the version that wrote it.
+    """
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """What was compiled, or None, upon which it is compiled again."""
+        try:
+            return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
+        except Exception:  # noqa: BLE001  (pickle raises whatever it comes to)
+            with suppress(OSError):
+                self.flush()  # type: ignore[no-untyped-call]
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep what was compiled, if the disk lets us."""
+        with suppress(OSError):
+            super().save_overload(sig, data)  # type: ignore[no-untyped-call]
