@@ -46,6 +46,8 @@ class ClickStream:
     def __init__(self, settings: Settings, counts: Counts, rng: random.Random, rate: float) -> None:
         self.behind = 0
         """Records that no commit had passed, the last time that Kafka said."""
+        self.has_begun = asyncio.Event()
+        """It is connected, and gets over a Kafka that goes away."""
         self.is_over = False
         self._settings = settings
         self._counts = counts
@@ -66,6 +68,7 @@ class ClickStream:
             request_timeout_ms=_REQUEST_SECONDS * 1000,
         )
         await client.start()
+        self.has_begun.set()
         measuring = asyncio.create_task(self._measure())
         try:
             while share() < 1 or self._counts.clicks < at_least:

@@ -87,6 +87,7 @@ class Harness:
         return 1.0 if self._accidents_are_over else min(0.99, 1 - len(self._actions) / max(1, self._planned))
 
     async def _live(self, clicks: int, until: float) -> None:
+        await self._stream.has_begun.wait()
         await _together(*[self._work(slot, until) for slot in range(SLOTS)])
         self._accidents_are_over = True
         await self._work_off(clicks)

@@ -12,6 +12,8 @@ Ends when its input does, and its workers with it.
 
 from __future__ import annotations
 
+import asyncio
+import faulthandler
 import functools
 import json
 import os
@@ -103,6 +105,7 @@ def _become_chaotic(
     largest_file: int | None = None,
 ) -> None:
     _tell_rebalances()
+    _tell_tasks_when_asked()
     if mutation:
         MUTATIONS[mutation]()
     if point:
@@ -124,6 +127,18 @@ def _tell_rebalances() -> None:
         await on_rebalance(self, assigned, revoked, newly_assigned, generation_id)
 
     UserStateStore.on_rebalance = and_tell  # type: ignore[method-assign]
+
+
+def _tell_tasks_when_asked() -> None:
+    """On SIGUSR1: where every task of every loop stands, in the log."""
+
+    def tell(*_: Any) -> None:
+        for task in list(asyncio.tasks._all_tasks):  # type: ignore[attr-defined]  # `all_tasks` knows one loop's
+            if not task.done():
+                task.print_stack(file=sys.stderr)
+        faulthandler.dump_traceback()
+
+    signal.signal(signal.SIGUSR1, tell)
 
 
 if __name__ == "__main__":

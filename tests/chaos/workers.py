@@ -21,6 +21,7 @@ _READY_SECONDS = 90
 _START_SECONDS = 120
 _KILLED_SECONDS = 10
 _LOOK_SECONDS = 0.05
+_DUMP_SECONDS = 3
 
 _GENERATION = re.compile(r'"event": "rebalance", "generation": (\d+)')
 
@@ -60,7 +61,9 @@ class Worker:
             if '"event": "ready"' in self.said():
                 return True
             if time.monotonic() > deadline:
-                raise ChaosError(f"a worker was not ready within {_READY_SECONDS} s:\n{self.said()[-3000:]}")
+                self.send(signal.SIGUSR1)
+                await self.wait(_DUMP_SECONDS)
+                raise ChaosError(f"a worker was not ready within {_READY_SECONDS} s:\n{self.said()[-30_000:]}")
             await self.wait(_LOOK_SECONDS)
         return False
 
