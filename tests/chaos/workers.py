@@ -17,7 +17,9 @@ from typing import Any, Self
 
 from tests.chaos.errors import ChaosError
 
-_READY_SECONDS = 90
+_READY_SECONDS = 120
+"""Longer than a worker itself puts up with being neither ready nor restoring, before it ends with a line."""
+
 _START_SECONDS = 120
 _KILLED_SECONDS = 10
 _LOOK_SECONDS = 0.05
