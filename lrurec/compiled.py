@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from numba import njit
+from numba import config, njit
 from numba.core.caching import FunctionCache
 
 
@@ -16,6 +16,8 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         dispatcher = njit(**options)(function)
+        if getattr(config, "DISABLE_JIT", False):  # it is the function itself
+            return dispatcher
         with suppress(RuntimeError):  # numba's word for no place
             dispatcher._cache = _Cache(dispatcher.py_func)  # type: ignore[no-untyped-call]
         return dispatcher
@@ -41,5 +43,5 @@ class _Cache(FunctionCache):
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Keep what was compiled, if the disk lets us."""
-        with suppress(OSError):
+        with suppress(Exception):  # an index that can't be read, and on a full disk not be replaced either
             super().save_overload(sig, data)  # type: ignore[no-untyped-call]

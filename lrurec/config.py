@@ -67,7 +67,10 @@ def require_count(name: str, value: object, least: int = 1) -> None:
 
 def require_number(name: str, value: object, *, below: float, zero_allowed: bool) -> None:
     """Raise `ConfigError` unless this is a number above 0, or 0 where that is allowed, and below a limit."""
-    number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    try:
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
     # NaN is neither above nor below anything.
     if not (0 < number < below or (number == 0 and zero_allowed)):
         allowed = f"{'0 or more' if zero_allowed else 'above 0'} and below {below:g}"

@@ -11,6 +11,11 @@ from jaxtyping import Float32
 
 from lrurec.config import LRURecConfig
 
+_ROWS_AT_ONCE = 8_192
+"""Of the item table in float64: a table may be most of the memory there is."""
+
+_WEIGHTS_PER_BLOCK = 15
+
 
 class FoldedWeights(NamedTuple):
     """The model folded for stepping: λ, γB, γb and the normalised embeddings computed once, in float64."""
@@ -76,11 +81,13 @@ def first_not_finite(config: LRURecConfig, weights: Mapping[str, np.ndarray]) ->
         if not np.isfinite(weights[name]).all():
             return f"{name!r} holds NaN or infinite numbers; train or convert the model again"
     # Finite weights may still overflow: in an exponential of the eigenvalues, in a norm, in a product.
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         folded = fold(config, weights)
-        angles = [np.exp(weights[f"blocks.{block}.lru.theta_log"]) for block in range(config.num_blocks)]
-        found = [*folded, *angles, _cold_start_scores(folded, weights)]
-    if all(np.isfinite(each).all() for each in found):
+        # In float32, as the model has them; folding goes by float64, which reaches further.
+        logs = [f"blocks.{block}.lru.{name}_log" for block in range(config.num_blocks) for name in ("theta", "gamma")]
+        exponentials = [np.exp(weights[name]) for name in logs]
+        found = [*folded, *exponentials, _cold_start_scores(folded, weights)]
+    if folded.epsilon > 0 and all(np.isfinite(each).all() for each in found):
         return None
     return "weights give scores that are no numbers; train or convert the model again"
 
@@ -94,10 +101,14 @@ def fold(config: LRURecConfig, weights: Mapping[str, np.ndarray]) -> FoldedWeigh
     def norm(name: str) -> np.ndarray:
         return np.stack([exact(f"{name}.weight"), exact(f"{name}.bias")])
 
-    table = exact("item_embedding.weight")
-    centred = table - table.mean(1, keepdims=True)
-    scale = np.sqrt(centred.var(1, keepdims=True) + config.layer_norm_eps)
-    embedded = centred / scale * exact("layer_norm.weight") + exact("layer_norm.bias")
+    table, outer_norm = weights["item_embedding.weight"], norm("layer_norm")
+    embedded = np.empty(table.shape, np.float32)
+    for first in range(0, len(table), _ROWS_AT_ONCE):
+        rows = slice(first, first + _ROWS_AT_ONCE)
+        part = table[rows].astype(np.float64)
+        centred = part - part.mean(1, keepdims=True)
+        scale = np.sqrt(centred.var(1, keepdims=True) + config.layer_norm_eps)
+        embedded[rows] = centred / scale * outer_norm[0] + outer_norm[1]
     columns: dict[str, list[np.ndarray]] = {name: [] for name in FoldedWeights._fields[1:-1]}
     for number in range(config.num_blocks):
         lru, feed = f"blocks.{number}.lru", f"blocks.{number}.feed_forward"
@@ -120,7 +131,7 @@ def fold(config: LRURecConfig, weights: Mapping[str, np.ndarray]) -> FoldedWeigh
         for name, values in folded.items():
             columns[name].append(values)
     stacked = {name: np.ascontiguousarray(np.stack(values), np.float32) for name, values in columns.items()}
-    return FoldedWeights(embedded.astype(np.float32), **stacked, epsilon=np.float32(config.layer_norm_eps))
+    return FoldedWeights(embedded, **stacked, epsilon=np.float32(config.layer_norm_eps))
 
 
 def _cold_start_scores(folded: FoldedWeights, weights: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -146,10 +157,12 @@ def _size_fault(config: LRURecConfig, weights: Mapping[str, Any]) -> str | None:
     table = weights.get("item_embedding.weight")
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     shape = None if table is None else list(table.shape)
-    if shape == [config.num_items + 1, config.hidden_units] and len(blocks) == config.num_blocks:
+    # A block in name only is none: what is listed of an architecture takes memory too.
+    enough = 2 * len(weights) > _WEIGHTS_PER_BLOCK * config.num_blocks
+    if shape == [config.num_items + 1, config.hidden_units] and len(blocks) == config.num_blocks and enough:
         return None
     return (
-        f"weights have an item table {shape} and {len(blocks)} blocks, the architecture says "
+        f"{len(weights)} weights have an item table {shape} and {len(blocks)} blocks, the architecture says "
         f"{[config.num_items + 1, config.hidden_units]} and {config.num_blocks}; are the files of one bundle?"
     )
 

@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
+from subprocess import CalledProcessError
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 SCORES_AT_ONCE = 1 << 22
 """Scores in memory at a time: 16 MB, and while keys are made of them, eight times that."""
@@ -70,9 +74,16 @@ class Operators(Protocol):
 
 
 def operators_on(device: torch.device) -> Operators:
-    """The fastest for a device: Triton's kernels on a GPU, if Triton is there."""
+    """The fastest for a device: Triton's kernels on a GPU, if Triton is there and a C compiler for its launcher."""
     if device.type == "cuda" and find_spec("triton"):
-        from lrurec.device.triton_operators import TritonOperators  # noqa: PLC0415  nobody else waits for Triton
+        from triton.runtime import driver  # noqa: PLC0415  nobody else waits for Triton
+
+        try:
+            _ = driver.active.utils  # compiled now, if not before
+        except (RuntimeError, OSError, CalledProcessError) as error:
+            logger.warning("torch's operators compute, which are slower: Triton's kernels can't be launched: %s", error)
+            return TorchOperators()
+        from lrurec.device.triton_operators import TritonOperators  # noqa: PLC0415
 
         return TritonOperators()
     return TorchOperators()

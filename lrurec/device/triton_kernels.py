@@ -19,7 +19,8 @@ def recur(
     real = channel < channels
     decay_re = tl.load(decay + channel, mask=real, other=0.0)
     decay_im = tl.load(decay + channels + channel, mask=real, other=0.0)
-    state = before + user * before_stride + channel
+    wide = user.to(tl.int64)  # times a stride
+    state = before + wide * before_stride + channel
     re = tl.load(state, mask=real, other=0.0).to(tl.float32)
     im = tl.load(state + channels, mask=real, other=0.0).to(tl.float32)
     stored = after.dtype.element_ty
@@ -32,7 +33,7 @@ def recur(
         im = tl.minimum(tl.maximum(next_im, -limit), limit).to(stored).to(tl.float32)
         tl.store(u, re, mask=real)
         tl.store(u + channels, im, mask=real)
-    state = after + user * after_stride + channel
+    state = after + wide * after_stride + channel
     tl.store(state, re.to(stored), mask=real)
     tl.store(state + channels, im.to(stored), mask=real)
 

@@ -133,7 +133,9 @@ def _tell_tasks_when_asked() -> None:
     """On SIGUSR1: where every task of every loop stands, in the log."""
 
     def tell(*_: Any) -> None:
-        for task in list(asyncio.tasks._all_tasks):  # type: ignore[attr-defined]  # `all_tasks` knows one loop's
+        # `all_tasks` knows one loop's. The name is of Python 3.11, then of 3.12.
+        every = getattr(asyncio.tasks, "_all_tasks", None) or getattr(asyncio.tasks, "_scheduled_tasks", ())
+        for task in list(every):
             if not task.done():
                 task.print_stack(file=sys.stderr)
         faulthandler.dump_traceback()

@@ -172,6 +172,7 @@ FAULTS = {
     "an architecture beyond memory": lambda folder: edit_config(
         folder, architecture=architecture(folder, hidden_units=10**9)
     ),
+    "a number beyond all": lambda folder: edit_config(folder, architecture=architecture(folder, dropout=10**400)),
     "NaN": lambda folder: edit_weights(folder, lambda weights: weights["item_bias"].fill_(torch.nan)),
     "infinity": lambda folder: edit_weights(folder, lambda weights: weights["item_bias"].fill_(torch.inf)),
     "a weight missing": lambda folder: edit_weights(folder, lambda weights: weights.pop("item_bias")),

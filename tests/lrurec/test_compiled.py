@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,11 +82,23 @@ def test_what_is_kept_and_harmed_is_compiled_again_and_kept(tmp_path, harm):
     assert third.stats.cache_hits
 
 
-def test_where_the_disk_is_full_nothing_is_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize("harmed", [False, True])
+def test_where_the_disk_is_full_nothing_is_kept(tmp_path, monkeypatch, harmed):
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
+    if harmed:
+        assert twice_in(tmp_path)(21) == 42
+        (index,) = files_of(tmp_path, ".nbi")
+        index.write_bytes(b"")
     twice = twice_in(tmp_path)
     monkeypatch.setattr(twice._cache._cache_file, "_open_for_write", full)
     assert twice(21) == 42
-    assert not files_of(tmp_path, ".nbi")
+    assert not any(index.stat().st_size for index in files_of(tmp_path, ".nbi"))
+
+
+def test_where_nothing_is_to_be_compiled_it_is_the_function_itself():
+    program = "import lrurec.kernels as kernels; print(type(kernels.advance).__name__)"
+    environment = os.environ | {"NUMBA_DISABLE_JIT": "1"}
+    command = [sys.executable, "-c", program]
+    assert subprocess.check_output(command, env=environment, text=True, timeout=60) == "function\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,28 @@ def test_the_scores_that_are_looked_at_are_those_of_the_cold_start(small_bundle)
     with torch.inference_mode():
         expected = small_bundle.model.scores(small_bundle.model.cold_start()[None])[0].numpy()
     np.testing.assert_allclose(scores, expected, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.lru.gamma_log", "blocks.1.lru.theta_log"])
+def test_an_exponential_beyond_float32_is_refused_though_nothing_comes_of_it(small_bundle, name):
+    weights = {each: value.copy() for each, value in small_bundle.weights.items()}
+    weights[name][:] = 100
+    for part in ("input_weight", "input_bias"):
+        weights[f"blocks.0.lru.{part}"][:] = 0
+    assert "no numbers" in str(first_not_finite(small_bundle.config, weights))
+
+
+def test_an_epsilon_that_is_zero_in_float32_is_refused(small_bundle):
+    config = dataclasses.replace(small_bundle.config, layer_norm_eps=1e-50)
+    assert "no numbers" in str(first_not_finite(config, small_bundle.weights))
+
+
+def test_blocks_in_name_only_are_refused_before_all_they_lack_is_listed():
+    blocks = 10**5
+    weights = {f"blocks.{block}.": np.zeros(0, np.float32) for block in range(blocks)}
+    weights["item_embedding.weight"] = np.zeros((2, 1), np.float32)
+    config = LRURecConfig(num_items=1, hidden_units=1, num_blocks=blocks)
+    assert "100001 weights have an item table" in str(first_fault(config, weights))
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])

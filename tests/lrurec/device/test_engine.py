@@ -148,14 +148,26 @@ def test_but_for_its_kernels_a_step_is_the_same_calls_whatever_the_clicks_and_no
     assert not [name for name, _ in made if "_local_scalar_dense" in name or "nonzero" in name]
 
 
-def test_products_are_of_float32_whatever_the_process_allows(small_bundle):
-    clicks, before = columns(range(40)), torch.get_float32_matmul_precision()
-    expected = advance(on_device(small_bundle), clicks)[1].scores
+def allow_by_the_old_setting() -> None:
     torch.set_float32_matmul_precision("medium")
+
+
+def allow_by_the_new_ones() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+@pytest.mark.parametrize("allow", [allow_by_the_old_setting, allow_by_the_new_ones])
+def test_products_are_of_float32_whatever_the_process_allows(small_bundle, allow):
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    clicks, old = columns(range(40)), torch.get_float32_matmul_precision()
+    expected = advance(on_device(small_bundle), clicks)[1].scores
+    allow()
+    allowed = [backend.fp32_precision for backend in backends]
     try:
         with float32_products():
-            assert torch.get_float32_matmul_precision() == "highest"
+            assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
         assert advance(on_device(small_bundle), clicks)[1].scores.tobytes() == expected.tobytes()
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert [backend.fp32_precision for backend in backends] == allowed
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(old)
