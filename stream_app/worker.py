@@ -103,7 +103,8 @@ async def _unless_asked(stop: asyncio.Event, step: Coroutine[Any, Any, _Result])
     doing, asked = asyncio.create_task(step), asyncio.create_task(stop.wait())
     await asyncio.wait({doing, asked}, return_when=asyncio.FIRST_COMPLETED)
     asked.cancel()
-    if doing.done():
+    failed = doing.done() and doing.exception() is not None
+    if doing.done() and not (failed and stop.is_set()):  # who is to stop anyway has not failed
         return doing.result()
     doing.cancel()
     await asyncio.gather(doing, return_exceptions=True)

@@ -126,8 +126,8 @@ def test_a_jumping_clock_is_hours_wrong_and_leaves_the_monotonic_one_alone(monke
 
 async def test_a_worker_that_is_asked_to_end_as_soon_as_it_is_forked_ends_well(tmp_path: Path) -> None:
     async with Workers() as workers:
-        for _ in range(10):
-            worker = await workers.start(tmp_path / "log", {})
+        for number in range(10):
+            worker = await workers.start(tmp_path / f"log-{number}", {})
             assert await terminate(worker) == 0, worker.last_words()
 
 

@@ -36,7 +36,9 @@ from stream_app.errors import BrokerUnavailable
 
 DEFAULT_PORT = 9092
 DEFAULT_HEAP_MB = 512
-START_SECONDS = 60.0
+START_SECONDS = 180.0
+"""A start takes some five; after `make setup`, gigabytes may still be on their way to the disk that Kafka waits for."""
+
 STOP_SECONDS = 10.0
 
 _HOST = "127.0.0.1"
