@@ -196,13 +196,17 @@ class UserStateStore(SerializedStore):
         Raises:
             StateError: between what this database holds and where a batch was read from lie offsets.
         """
-        held = self.persisted_offset(tp)
-        following = 0 if held is None else held + 1
+        following = self._end_of_copy(tp)
         if read.start is not None and read.start > following:
             raise StateError(
                 f"partition {tp.partition} of the changelog was read from offset {read.start} on instead of "
                 f"{following}: start the worker again, it goes on with what its copy in {self._folder()} holds"
             )
+
+    def _end_of_copy(self, tp: TP) -> int:
+        """The first offset of the changelog that this database does not hold."""
+        held = self.persisted_offset(tp)
+        return 0 if held is None else held + 1
 
     def refuse_deleted(self, tp: TP, log_start: int) -> None:
         """Check that the log begins before this database ends. Compaction leaves a log's beginning where it was.
@@ -210,8 +214,7 @@ class UserStateStore(SerializedStore):
         Raises:
             StateError: records between were deleted.
         """
-        held = self.persisted_offset(tp)
-        following = 0 if held is None else held + 1
+        following = self._end_of_copy(tp)
         if log_start > following:
             raise StateError(
                 f"partition {tp.partition} of the changelog begins at offset {log_start}, and this worker's copy of it"

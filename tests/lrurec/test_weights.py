@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lrurec import weights as weights_module
 from lrurec.config import LRURecConfig
 from lrurec.model import LRURec
 from lrurec.weights import _cold_start_scores, first_fault, first_not_finite, fold, shapes_of
@@ -38,6 +39,13 @@ def test_an_exponential_beyond_float32_is_refused_though_nothing_comes_of_it(sma
     for part in ("input_weight", "input_bias"):
         weights[f"blocks.0.lru.{part}"][:] = 0
     assert "no numbers" in str(first_not_finite(small_bundle.config, weights))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 20, 21])
+def test_the_table_is_folded_alike_in_runs_of_any_length(small_bundle, monkeypatch, rows):
+    whole = fold(small_bundle.config, small_bundle.weights)
+    monkeypatch.setattr(weights_module, "_ROWS_AT_ONCE", rows)
+    assert fold(small_bundle.config, small_bundle.weights).embedded.tobytes() == whole.embedded.tobytes()
 
 
 def test_an_epsilon_that_is_zero_in_float32_is_refused(small_bundle):

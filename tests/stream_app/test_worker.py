@@ -27,7 +27,7 @@ from lrurec.convert import convert
 from stream_app.dev.kafka.broker import LocalBroker
 from stream_app.errors import WorkerError
 from stream_app.verify.stored_state import read_state
-from stream_app.worker import _until_stopped
+from stream_app.worker import _StopAsked, _unless_asked, _until_stopped
 from tests.stream_app.live import (
     Site,
     WorkerProcess,
@@ -493,6 +493,20 @@ async def test_clicks_deleted_under_a_worker_that_did_not_read_them_are_told_of_
     (line,) = worker.events("clicks were deleted before they were read")
     assert (line["from_offset"], line["to_offset"]) == (1, 7)
     assert len(await recommendations_for(site, 2)) == 2
+
+
+async def test_a_step_of_the_start_that_fails_as_the_worker_is_asked_to_stop_is_no_failure():
+    stop = asyncio.Event()
+
+    async def step(error: Exception | None) -> int:
+        stop.set()
+        if error:
+            raise error
+        return 7
+
+    with pytest.raises(_StopAsked):
+        await _unless_asked(stop, step(OSError("refused")))
+    assert await _unless_asked(stop, step(None)) == 7
 
 
 async def test_a_broker_that_hangs_does_not_hold_up_the_shutdown(bundle_folder: Path, tmp_path: Path) -> None:

@@ -235,6 +235,13 @@ def test_the_cpu_gets_operators_of_torch():
 
 
 @needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's launcher is there on a GPU")
+def test_where_tritons_kernels_cannot_be_launched_torchs_operators_compute(caplog):
+    assert isinstance(operators_on(torch.device("cuda")), TorchOperators)
+    assert "can't be launched" in caplog.text
+
+
+@needs_triton
 def test_the_kernels_compile_for_an_h100_and_multiply_no_tf32(tmp_path):
     """The compiler needs no GPU: of this test's process, it has the interpreter's kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
