@@ -17,7 +17,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +76,7 @@ async def parts(bundle_folder: Path, rounds: int) -> dict[str, float]:
     engine = build_engine(bundle, layout, device="cpu")
     ids = ["", *bundle.catalogue.item_ids]
     rows = {item_id: row for row, item_id in enumerate(ids) if row}
-    encoder, limits = RecommendationEncoder(ids, bundle.version), ClickLimits(1 << 20, 1 << 20)
+    encoder, limits = RecommendationEncoder(ids, bundle.version, "clicks"), ClickLimits(1 << 20, 1 << 20)
     batches = micro_batch()
     columns = [decode_clicks(records, rows, limits) for records in batches]
     users: dict[bytes, int] = {}
@@ -89,15 +89,12 @@ async def parts(bundle_folder: Path, rounds: int) -> dict[str, float]:
     packed = [stored[start : start + layout.dtype.itemsize] for start in range(0, len(stored), layout.dtype.itemsize)]
     states = layout.unpack(packed)
     ranking = engine.advance(states, clicks, numbers)[1]
-    size = CLICKS // PARTITIONS
-    lists = [
-        Lists(part.user, *(column[n * size : (n + 1) * size] for column in ranking), numbers[:size], numbers[:size],
-              [None] * size)
-        for n, part in enumerate(columns)
-    ]  # fmt: skip
-    values = [encoder.encode(each, "clicks", 3, NOW_MS) for each in lists]
+    partition = np.repeat(np.arange(PARTITIONS), CLICKS // PARTITIONS)
+    keys = [key for part in columns for key in part.user]
+    lists = Lists(keys, *ranking, partition, numbers, numbers, [None] * CLICKS)
+    values = encoder.encode(lists, NOW_MS)
     publisher = Publisher({"bootstrap_servers": ["localhost:9092"], "request_timeout_ms": 1_000})
-    records = [list(zip(each.user, value, strict=True)) for each, value in zip(lists, values, strict=True)]
+    records = list(zip(keys, values, strict=True))
     changelog = list(zip(users, packed, strict=True))
     batcher = MicroBatcher(engine, rows, encoder, limits)
     by_user = dict(zip(users, packed, strict=True))
@@ -118,13 +115,20 @@ async def parts(bundle_folder: Path, rounds: int) -> dict[str, float]:
         "unpack states": cost(lambda: layout.unpack(packed)),
         "step": step,
         "rank": round(cost(lambda: engine.advance(states, clicks, numbers)) - step, 2),
-        "encode": cost(lambda: [encoder.encode(each, "clicks", 3, NOW_MS) for each in lists]),
+        "encode": cost(lambda: encoder.encode(lists, NOW_MS)),
     }
-    whole = cost(lambda: batcher.advance(batches, lambda _, keys: [by_user[key] for key in keys], NOW_MS))
+    whole = cost(lambda: micro_batch_of(batcher, batches, by_user))
     found["the rest of a micro-batch"] = round(whole - sum(found.values()), 2)
-    found["record batches"] = cost(lambda: [publisher.pack_for(0, each, NOW_MS) for each in (*records, changelog)])
+    found["record batches"] = cost(lambda: [publisher.pack_for(0, each, NOW_MS) for each in (records, changelog)])
     await publisher.stop()
     return found
+
+
+def micro_batch_of(batcher: MicroBatcher, batches: list[list[Record]], states: Mapping[bytes, bytes]) -> None:
+    """All of one, but for what is read and written."""
+    _, answers = batcher.advance(batches, lambda _, keys: [states[key] for key in keys])
+    if answers is not None:
+        batcher.write(answers, NOW_MS)
 
 
 def micro_batch() -> list[list[Record]]:

@@ -5,10 +5,12 @@
 
 What the worker can do is measured first, on a backlog. Then clicks come at 10, 50 and 80% of it, each at a time that
 was fixed beforehand, evenly apart: one that waits, for the worker or for its producer, waits from its own time on (no
-coordinated omission). A latency ends where a consumer has the recommendation; every fifth click is looked
-at.
+coordinated omission). A latency ends where a consumer has the recommendation; every fifth click is looked at, after
+the first ten seconds of a load: a broker that was just started compiles itself meanwhile.
 
-Broker, worker, producer and consumer share the machine's cores.
+Broker, worker, producer and consumer share the machine's cores. The consumer is librdkafka, which leaves most of them
+to what is measured; the producer sends what is due every five milliseconds, all partitions in one request, as Kafka's
+own does. librdkafka would send one for each partition, which keeps the broker as busy as the worker.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import orjson
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from confluent_kafka import OFFSET_END, Consumer, Message, TopicPartition
 
 from benchmarks import backlog
 from benchmarks.machine import processor
@@ -47,7 +49,7 @@ _LOOKED_AT = 5
 #: Between two looks at which clicks are due: linger.ms of Kafka's own producer, by default since 4.0.
 _TICK_SECONDS = 0.005
 
-_LEAD_SECONDS, _PATIENCE_SECONDS = 0.5, 60.0
+_LEAD_SECONDS, _SETTLING_SECONDS, _PATIENCE_SECONDS = 0.5, 10.0, 60.0
 
 
 def main() -> None:
@@ -79,7 +81,7 @@ def measure(folder: Path, partitions: int, seconds: float) -> dict[str, dict[str
             print(f"{partitions} partitions: {saturation:,.0f} clicks/s on a backlog")
             for load in LOADS:
                 rate = load * saturation
-                waits = asyncio.run(latencies(broker.bootstrap, topic, partitions, rate, seconds))
+                waits = latencies(broker.bootstrap, topic, partitions, rate, seconds)
                 found = dict(zip(("p50", "p99", "p99.9"), np.percentile(waits, [50, 99, 99.9]), strict=True))
                 results[f"{load:.0%}"] = {name: round(1000 * float(value), 2) for name, value in found.items()}
                 line = "   ".join(f"{name} {value:8,.1f} ms" for name, value in results[f"{load:.0%}"].items())
@@ -88,30 +90,36 @@ def measure(folder: Path, partitions: int, seconds: float) -> dict[str, dict[str
     return results
 
 
-async def latencies(bootstrap: str, topic: str, partitions: int, rate: float, seconds: float) -> list[float]:
+def latencies(bootstrap: str, topic: str, partitions: int, rate: float, seconds: float) -> list[float]:
     """Seconds from when a click was due to when its recommendation was here, of the clicks that are looked at."""
-    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, fetch_max_wait_ms=100)
-    await consumer.start()
+    consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "latency", "enable.auto.commit": False})
     try:
-        consumer.assign([TopicPartition(topic, partition) for partition in range(partitions)])
-        await consumer.seek_to_end()
-        count, waits = int(rate * seconds), dict[int, float]()
+        consumer.assign([TopicPartition(topic, partition, OFFSET_END) for partition in range(partitions)])
+        consumer.consume(1, _LEAD_SECONDS)  # by then it has found the ends of the logs
+        count, waits = int(rate * (_SETTLING_SECONDS + seconds)), dict[int, float]()
         with load_generator(bootstrap, rate, count) as start:
             due = start + np.arange(count) / rate
             while len(waits) < -(-count // _LOOKED_AT):
                 if time.time() > due[-1] + _PATIENCE_SECONDS:
                     raise TimeoutError(f"{count} clicks, and after {_PATIENCE_SECONDS:g} s {len(waits)} answers")
-                found = await consumer.getmany(timeout_ms=1_000)
+                # It waits until it has so many: one at least, then those that are here too.
+                found = consumer.consume(1, 1.0) + consumer.consume(1_000, 0)
                 now = time.time()
-                for records in found.values():
-                    for record in records:
-                        place = record.value.find(b'"event_id":"')
-                        if place >= 0:
-                            number = int(record.value[place + 12 : record.value.index(b'"', place + 12)])
-                            waits.setdefault(number, now - due[number])
+                for number in map(_number_of, found):
+                    if number is not None:
+                        waits.setdefault(number, now - due[number])
     finally:
-        await consumer.stop()
-    return list(waits.values())
+        consumer.close()
+    return [wait for number, wait in waits.items() if number >= rate * _SETTLING_SECONDS]
+
+
+def _number_of(recommendation: Message) -> int | None:
+    """Of the click that it answers, which is looked at; None for other clicks."""
+    if recommendation.error() is not None:
+        raise RuntimeError(f"recommendations can't be read: {recommendation.error()}")
+    value = recommendation.value() or b""
+    place = value.find(b'"event_id":"')
+    return None if place < 0 else int(value[place + 12 : value.index(b'"', place + 12)])
 
 
 @contextmanager
@@ -162,7 +170,7 @@ def _click(number: int, user: int, item: int) -> KeyValue:
     event: dict[str, object] = {"user_id": f"user-{user}", "item_id": f"item-{item}", "timestamp_ms": 1_700_000_000_000}
     if number % _LOOKED_AT == 0:
         event["event_id"] = str(number)
-    return KeyValue(f"user-{user}".encode(), orjson.dumps(event))
+    return (f"user-{user}".encode(), orjson.dumps(event))
 
 
 if __name__ == "__main__":

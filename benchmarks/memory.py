@@ -137,7 +137,7 @@ async def produce(bootstrap: str, topic: str, size: int) -> None:
 def _click(log: list[tuple[bytes, bytes]], number: int) -> KeyValue:
     user, item = log[number % len(log)]
     key = b"%b.%d" % (user, number // len(log))
-    return KeyValue(key, b'{"user_id":"%b","item_id":"%b","timestamp_ms":%d}' % (key, item, 1_700_000_000_000 + number))
+    return (key, b'{"user_id":"%b","item_id":"%b","timestamp_ms":%d}' % (key, item, 1_700_000_000_000 + number))
 
 
 def work_off(

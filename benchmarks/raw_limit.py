@@ -28,12 +28,11 @@ _STATE = StateLayout("9aad0b43e639d264", 2, 128)
 
 async def run(name: str, broker: str) -> None:
     """Copy until cancelled."""
-    encoder = RecommendationEncoder(["", *(f"item-{row}" for row in range(1_001, 1_011))], "9aad0b43e639d264")
+    encoder = RecommendationEncoder(["", *(f"item-{row}" for row in range(1_001, 1_011))], "9aad0b43e639d264", "clicks")
     items, scores = np.arange(1, 11, dtype=np.int32), np.linspace(4.20311, 3.30307, 10, dtype=np.float32)
-    numbers = (np.array([number]) for number in (12, 123_456, 1_700_000_000_000))
-    [ranking] = encoder.encode(
-        Lists([b"user-12345"], items[None], scores[None], *numbers, [None]), "clicks", 3, 1_700_000_000_000
-    )
+    numbers = (np.array([number]) for number in (12, 3, 123_456, 1_700_000_000_000))
+    lists = Lists([b"user-12345"], items[None], scores[None], *numbers, [None])
+    [ranking] = encoder.encode(lists, 1_700_000_000_000)
     state = bytes(_STATE.dtype.itemsize)
     consumer = AIOKafkaConsumer("clicks", bootstrap_servers=broker, auto_offset_reset="earliest")
     producer = AIOKafkaProducer(bootstrap_servers=broker, acks="all", enable_idempotence=True, max_batch_size=1_000_000)

@@ -136,7 +136,7 @@ def some_states(layout: StateLayout, users: range) -> list[KeyValue]:
     rows["recent_items"] = rng.integers(1, ITEMS, rows["recent_items"].shape)
     rows["hidden"] = rng.standard_normal(rows["hidden"].shape, np.float32)
     packed, size = rows.tobytes(), layout.dtype.itemsize
-    return [KeyValue(b"user-%d" % user, packed[place * size : (place + 1) * size]) for place, user in enumerate(users)]
+    return [(b"user-%d" % user, packed[place * size : (place + 1) * size]) for place, user in enumerate(users)]
 
 
 def run_ours(environment: Mapping[str, str], folder: Path, states: int, seconds: float) -> Recovery:

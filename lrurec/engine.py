@@ -45,8 +45,9 @@ class Engine(Protocol):
     ) -> tuple[UserStates, Ranking]:
         """The states after all clicks, one step a click, and the ranking after the clicks that `ranked` names.
 
-        `ranked` ascends; `states` is left as it was. What a click gives depends on its user's state and earlier clicks
-        alone, never on how clicks are cut into batches: to the bit on one machine, but for `TorchEngine`.
+        `ranked` ascends; `states` is left as it was, and what is returned is the caller's to keep. What a click gives
+        depends on its user's state and earlier clicks alone, never on how clicks are cut into batches: to the bit on
+        one machine, but for `TorchEngine`.
         """
         ...
 

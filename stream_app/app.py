@@ -79,7 +79,7 @@ def build_parts(settings: Settings, topics: Mapping[str, FoundTopic]) -> Parts:
         max_batch=settings.max_batch,
     )
     ids = ["", *bundle.catalogue.item_ids]
-    encoder = RecommendationEncoder(ids, bundle.version)
+    encoder = RecommendationEncoder(ids, bundle.version, settings.clicks_topic)
     batcher = MicroBatcher(
         engine,
         item_rows={item_id: row for row, item_id in enumerate(ids) if row},
@@ -139,7 +139,7 @@ def _limits(
     """
     room = _largest_batch(settings, topics)
     needed = {
-        "TOP_K": encoder.most_bytes(settings.top_k, settings.clicks_topic),
+        "TOP_K": encoder.most_bytes(settings.top_k),
         "RECENT_ITEMS": layout.dtype.itemsize + _RECORD_BYTES,
     }
     for name, most in needed.items():

@@ -18,17 +18,19 @@ LARGEST_SCORE = 1e10
 
 @compiled(nogil=True)
 def write_lists(
-    items, scores, clicks, offsets, times, users, user_ends, events, event_ends, starts, start_ends, texts, text_ends
-):
+    items, scores, clicks, partitions, offsets, times,
+    users, user_ends, events, event_ends, starts, start_ends, texts, text_ends,
+):  # fmt: skip
     """The JSON of m lists, end to end, and where each ends.
 
-        {"user_id":USER,"items":[{"item_id":ID,"score":SCORE},…],"model_version":…,"clicks":CLICKS,"source":{…,
-        "offset":OFFSET,EVENT"timestamp_ms":TIME},"generated_at_ms":…}
+        {"user_id":USER,"items":[{"item_id":ID,"score":SCORE},…],"model_version":…,"clicks":CLICKS,"source":{"topic":…,
+        "partition":PARTITION,"offset":OFFSET,EVENT"timestamp_ms":TIME},"generated_at_ms":…}
 
     Args:
         items: (m, k) int32 item rows; 0 ends a list early.
         scores: (m, k) float32, below `LARGEST_SCORE`; printed with up to five decimals.
         clicks: (m,) int64.
+        partitions: (m,) int64.
         offsets: (m,) int64.
         times: (m,) int64.
         users: user ids as JSON.
@@ -37,12 +39,12 @@ def write_lists(
         event_ends: (m,) int64.
         starts: what comes before the score of each item row, 0 included.
         start_ends: (v + 1,) int64.
-        texts: what stands between the other fields, five of them, and at the end.
-        text_ends: (6,) int64.
+        texts: what stands between the other fields, six of them, and at the end.
+        text_ends: (7,) int64.
 
     """
     lists, k = items.shape
-    fixed = text_ends[5] + 3 * NUMBER_BYTES + 1 + k * (NUMBER_BYTES + 2)
+    fixed = text_ends[6] + 4 * NUMBER_BYTES + 1 + k * (NUMBER_BYTES + 2)
     size = users.shape[0] + events.shape[0] + lists * fixed
     for i in range(lists):
         for j in range(k):
@@ -67,13 +69,15 @@ def write_lists(
         at = _text(out, at, texts, text_ends, 2)
         at = _whole(out, at, clicks[i])
         at = _text(out, at, texts, text_ends, 3)
+        at = _whole(out, at, partitions[i])
+        at = _text(out, at, texts, text_ends, 4)
         at = _whole(out, at, offsets[i])
         out[at] = 44
         at += 1
         at = _text(out, at, events, event_ends, i)
-        at = _text(out, at, texts, text_ends, 4)
-        at = _whole(out, at, times[i])
         at = _text(out, at, texts, text_ends, 5)
+        at = _whole(out, at, times[i])
+        at = _text(out, at, texts, text_ends, 6)
         ends[i] = at
     return out[:at], ends
 

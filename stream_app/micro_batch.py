@@ -5,9 +5,9 @@ Plain bytes and arrays in and out: nothing here awaits, reads a clock or a setti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -25,11 +25,8 @@ from stream_app.recommendations import Lists, RecommendationEncoder
 LoadStates = Callable[[int, Sequence[bytes]], list[bytes | None]]
 
 
-class KeyValue(NamedTuple):
-    """A record to publish."""
-
-    key: bytes
-    value: bytes
+#: A record to publish.
+KeyValue: TypeAlias = tuple[bytes, bytes]
 
 
 @dataclass(slots=True)
@@ -47,6 +44,19 @@ class Outbox:
     applied: int = 0
     skipped: int = 0
     unknown_items: int = 0
+
+
+class Answers(NamedTuple):
+    """Rankings that are not written yet, with the clicks that they answer."""
+
+    parts: Sequence[_Part]
+    clicks: Clicks
+    """All of them; users are numbered through the parts."""
+
+    ranked: np.ndarray
+    """The numbers of those that are answered."""
+
+    ranking: Ranking
 
 
 @dataclass(frozen=True)
@@ -68,87 +78,102 @@ class MicroBatcher:
     limits: ClickLimits
     only_latest: bool = False
 
-    def advance(self, batches: Sequence[Sequence[Record]], load: LoadStates, now_ms: int) -> Outbox:
-        """Everything that these records lead to; each batch holds one partition's records in log order.
+    def advance(self, batches: Sequence[Sequence[Record]], load: LoadStates) -> tuple[Outbox, Answers | None]:
+        """What these records lead to, without recommendations: those are what `write` makes of the answers.
 
-        A click at or before its user's last applied offset was applied by an earlier run, which had its recommendation
-        acknowledged before its state was written: it is skipped.
+        Each batch holds one partition's records in log order. A click at or before its user's last applied offset was
+        applied by an earlier run, which had its recommendation acknowledged before its state was written: it is
+        skipped.
         """
-        outbox = Outbox()
-        parts = [_Part(records[0].topic, records[0].partition, self._decode(records)) for records in batches if records]
-        users: dict[tuple[int, bytes], int] = {}
-        for part in parts:
-            part.users = [users.setdefault((part.partition, key), len(users)) for key in part.clicks.user]
-            if part.clicks.dead_letters:
-                outbox.dead_letters.setdefault(part.partition, []).extend(part.clicks.dead_letters)
-            outbox.unknown_items += part.clicks.unknown_items
-        if users:
-            states = self.engine.layout.unpack(_load_by_partition(users, load))
-            self._apply(parts, list(users), states, outbox, now_ms)
-        return outbox
+        outbox, parts = Outbox(), list[_Part]()
+        for partition, records in _by_partition(batches).items():
+            clicks = decode_clicks(records, self.item_rows, self.limits)
+            outbox.unknown_items += clicks.unknown_items
+            if clicks.dead_letters:
+                outbox.dead_letters[partition] = clicks.dead_letters
+            if clicks.user:
+                parts.append(_Part(partition, clicks, {key: n for n, key in enumerate(dict.fromkeys(clicks.user))}))
+        if not parts:
+            return outbox, None
+        packed = [state for part in parts for state in load(part.partition, [*part.users])]
+        return outbox, self._apply(parts, self.engine.layout.unpack(packed), outbox)
 
-    def _decode(self, records: Sequence[Record]) -> ClickColumns:
-        return decode_clicks(records, self.item_rows, self.limits)
-
-    def _apply(
-        self, parts: list[_Part], users: list[tuple[int, bytes]], states: np.ndarray, outbox: Outbox, now_ms: int
-    ) -> None:
-        user = np.array([index for part in parts for index in part.users], np.int32)
-        offset = np.array([offset for part in parts for offset in part.clicks.offset], np.int64)
-        fresh = _not_applied_yet(user, offset, states["source_offset"])
-        clicks = Clicks(
-            user[fresh],
-            np.array([item for part in parts for item in part.clicks.item], np.int32)[fresh],
-            offset[fresh],
-            np.array([time for part in parts for time in part.clicks.timestamp_ms], np.int64)[fresh],
-        )
-        ranked = _last_of_each_user(clicks.user) if self.only_latest else np.arange(len(clicks.user))
+    def _apply(self, parts: list[_Part], states: np.ndarray, outbox: Outbox) -> Answers:
+        arrived = _columns(parts)
+        fresh = _not_applied_yet(arrived.user, arrived.source_offset, states["source_offset"])
+        clicks = Clicks(*(column[fresh] for column in arrived))
+        ranked = _last_of_each_user(clicks.user) if self.only_latest else np.arange(len(fresh))
         after, ranking = self.engine.advance(states, clicks, ranked)
         outbox.applied = len(fresh)
-        outbox.skipped = len(user) - len(fresh)
-        _pack_states(after, users, np.unique(clicks.user), outbox)
-        self._encode(parts, fresh[ranked], ranking, outbox, now_ms)
+        outbox.skipped = len(arrived.user) - len(fresh)
+        outbox.states = _pack_states(parts, after, np.unique(clicks.user))
+        return Answers(parts, arrived, fresh[ranked], ranking)
 
-    def _encode(self, parts: list[_Part], ranked: np.ndarray, ranking: Ranking, outbox: Outbox, now_ms: int) -> None:
-        """The recommendations of these clicks, numbered through all parts."""
-        first = 0
-        for part in parts:
-            clicks, end = part.clicks, first + len(part.clicks.user)
-            rows = slice(*np.searchsorted(ranked, (first, end)))
-            chosen = (ranked[rows] - first).tolist()
-            users = [clicks.user[click] for click in chosen]
-            lists = Lists(
-                users,
-                ranking.items[rows],
-                ranking.scores[rows],
-                ranking.clicks[rows],
-                np.array([clicks.offset[click] for click in chosen], np.int64),
-                np.array([clicks.timestamp_ms[click] for click in chosen], np.int64),
-                [clicks.event_id[click] for click in chosen],
-            )
-            if users:
-                values = self.encoder.encode(lists, part.topic, part.partition, now_ms)
-                outbox.recommendations.setdefault(part.partition, []).extend(map(KeyValue, users, values))
-            first = end
+    def write(self, answers: Answers, now_ms: int) -> dict[int, list[KeyValue]]:
+        """Recommendations, by source partition. Can be called from another thread than `advance`."""
+        parts, clicks, ranked, ranking = answers
+        users = [user for part in parts for user in part.clicks.user]
+        events = [event for part in parts for event in part.clicks.event_id]
+        keys = [users[click] for click in ranked.tolist()]
+        lists = Lists(
+            keys,
+            *ranking,
+            np.repeat([part.partition for part in parts], [len(part.clicks.user) for part in parts])[ranked],
+            clicks.source_offset[ranked],
+            clicks.timestamp_ms[ranked],
+            [events[click] for click in ranked.tolist()],
+        )
+        rows = list(zip(keys, self.encoder.encode(lists, now_ms), strict=True))
+        return _cut(parts, rows, np.searchsorted(ranked, _ends(len(part.clicks.user) for part in parts)))
 
 
 @dataclass(slots=True)
 class _Part:
-    """One batch of one partition, decoded; `users` holds the micro-batch's number of each click's user."""
+    """The clicks of one partition, at least one, and the number of each of its users, who are counted from 0."""
 
-    topic: str
     partition: int
     clicks: ClickColumns
-    users: list[int] = field(default_factory=list)
+    users: dict[bytes, int]
 
 
-def _load_by_partition(users: Mapping[tuple[int, bytes], int], load: LoadStates) -> list[bytes | None]:
-    """The packed state of every user, in their order: one multi-get a partition."""
-    keys: dict[int, list[bytes]] = {}
-    for partition, key in users:
-        keys.setdefault(partition, []).append(key)
-    loaded = {partition: iter(load(partition, of_partition)) for partition, of_partition in keys.items()}
-    return [next(loaded[partition]) for partition, _ in users]
+def _by_partition(batches: Iterable[Sequence[Record]]) -> dict[int, Sequence[Record]]:
+    found: dict[int, Sequence[Record]] = {}
+    for records in batches:
+        if records:
+            partition = records[0].partition
+            found[partition] = [*found[partition], *records] if partition in found else records
+    return found
+
+
+def _ends(counts: Iterable[int]) -> np.ndarray:
+    return np.cumsum(np.fromiter(counts, np.int64))
+
+
+def _cut(parts: Iterable[_Part], rows: list[KeyValue], ends: np.ndarray) -> dict[int, list[KeyValue]]:
+    """Rows by partition: where each part's end, in their order; a part without any is left out."""
+    stops = ends.tolist()
+    starts = [0, *stops]
+    return {
+        part.partition: rows[start:stop]
+        for part, start, stop in zip(parts, starts, stops, strict=False)
+        if start < stop
+    }
+
+
+def _columns(parts: Sequence[_Part]) -> Clicks:
+    """All clicks of all parts; users are numbered through."""
+    ends = _ends(len(part.users) for part in parts).tolist()
+    users = [
+        first + number
+        for part, first in zip(parts, [0, *ends], strict=False)
+        for number in map(part.users.__getitem__, part.clicks.user)
+    ]
+    return Clicks(
+        np.array(users, np.int32),
+        np.array([item for part in parts for item in part.clicks.item], np.int32),
+        np.array([offset for part in parts for offset in part.clicks.offset], np.int64),
+        np.array([time for part in parts for time in part.clicks.timestamp_ms], np.int64),
+    )
 
 
 def _not_applied_yet(user: np.ndarray, offset: np.ndarray, applied: np.ndarray) -> np.ndarray:
@@ -170,10 +195,8 @@ def _last_of_each_user(user: np.ndarray) -> np.ndarray:
     return np.sort(len(user) - 1 - from_the_end)
 
 
-def _pack_states(states: np.ndarray, users: Sequence[tuple[int, bytes]], changed: np.ndarray, outbox: Outbox) -> None:
-    size = states.dtype.itemsize
+def _pack_states(parts: Sequence[_Part], states: np.ndarray, changed: np.ndarray) -> dict[int, list[KeyValue]]:
+    size, keys = states.dtype.itemsize, [key for part in parts for key in part.users]
     packed = states[changed].tobytes()
-    for place, index in enumerate(changed.tolist()):
-        partition, key = users[index]
-        row = KeyValue(key, packed[place * size : (place + 1) * size])
-        outbox.states.setdefault(partition, []).append(row)
+    rows = [(keys[user], packed[place * size : (place + 1) * size]) for place, user in enumerate(changed.tolist())]
+    return _cut(parts, rows, np.searchsorted(changed, _ends(len(part.users) for part in parts)))

@@ -1,7 +1,7 @@
 """From batches of clicks to acknowledged batches of clicks: the durable order, several micro-batches deep.
 
-    events ─► gather ─► compute ─► send outputs ─► send changelog ─► write RocksDB ─► acknowledge the events
-              (what has   (thread)  await acks      await acks        (thread)
+    events ─► gather ─► compute ─► encode ─► send outputs ─► send changelog ─► write RocksDB ─► acknowledge the events
+              (what has  (thread)   (thread)  await acks      await acks        (thread)
                arrived)
 
 Micro-batches leave every stage in the order in which they entered it. A user's state is in the changelog only when his
@@ -27,7 +27,7 @@ from faust.types import EventT
 
 from stream_app.delivery import Delivery
 from stream_app.metrics import Metrics
-from stream_app.micro_batch import KeyValue, MicroBatcher, Outbox
+from stream_app.micro_batch import Answers, KeyValue, MicroBatcher, Outbox
 from stream_app.record_batches import records_of
 from stream_app.state_table import UserStateStore
 
@@ -46,6 +46,7 @@ class _MicroBatch:
     clicks: int
     started: float
     outbox: Outbox = field(default_factory=Outbox)
+    answers: Answers | None = None
     parcel: Any = None
 
 
@@ -84,9 +85,11 @@ class Pipeline:
         self._held: EventT[Any] | None = None  # arrived, but too large for the micro-batch before
         self._taken = asyncio.Event()
         self._computed: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
+        self._encoded: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
         self._sent: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
         self._logged: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
         self._compute_thread = ThreadPoolExecutor(1, "compute")
+        self._encode_thread = ThreadPoolExecutor(1, "encode")
         self._disk_thread = ThreadPoolExecutor(1, "disk")
         self._number = 0
 
@@ -109,20 +112,20 @@ class Pipeline:
         """
         try:
             async with asyncio.TaskGroup() as stages:
-                for stage in (self._compute, self._send_outputs, self._send_changelog, self._persist):
+                for stage in (self._compute, self._encode, self._send_outputs, self._send_changelog, self._persist):
                     stages.create_task(_for_ever(stage), name=stage.__name__.lstrip("_"))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:
-            self._compute_thread.shutdown(wait=True, cancel_futures=True)
-            self._disk_thread.shutdown(wait=True, cancel_futures=True)
+            for thread in (self._compute_thread, self._encode_thread, self._disk_thread):
+                thread.shutdown(wait=True, cancel_futures=True)
 
     async def _compute(self) -> None:
         events = await self._gather()
         self._number += 1
         batch = _MicroBatch(self._number, events, sum(len(records_of(event)) for event in events), time.monotonic())
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._compute_thread, self._fill, batch)
+        await loop.run_in_executor(self._compute_thread, self._advance, batch)
         await self._computed.put(batch)
 
     async def _gather(self) -> list[EventT[Any]]:
@@ -153,18 +156,29 @@ class Pipeline:
         except TimeoutError:
             return None
 
-    def _fill(self, batch: _MicroBatch) -> None:
-        now_ms = time.time_ns() // 1_000_000
+    def _advance(self, batch: _MicroBatch) -> None:
         self._unpersisted.forget_persisted()
         records = [records_of(event) for event in batch.events]
-        batch.outbox = outbox = self._batcher.advance(records, self._unpersisted.load, now_ms)
-        self._unpersisted.remember(batch.number, outbox.states)
+        batch.outbox, batch.answers = self._batcher.advance(records, self._unpersisted.load)
+        self._unpersisted.remember(batch.number, batch.outbox.states)
+
+    async def _encode(self) -> None:
+        batch = await self._computed.get()
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._encode_thread, self._pack, batch)
+        await self._encoded.put(batch)
+
+    def _pack(self, batch: _MicroBatch) -> None:
+        now_ms = time.time_ns() // 1_000_000
+        if batch.answers is not None:
+            batch.outbox.recommendations = self._batcher.write(batch.answers, now_ms)
+            batch.answers = None
         # Batches of a partition come in log order, so its last one has the highest offset.
         ends = {event.message.partition: event.message.offset + 1 for event in batch.events}
-        batch.parcel = self._delivery.pack(outbox, ends, now_ms)
+        batch.parcel = self._delivery.pack(batch.outbox, ends, now_ms)
 
     async def _send_outputs(self) -> None:
-        batch = await self._computed.get()
+        batch = await self._encoded.get()
         await self._delivery.send_outputs(batch.parcel)
         await self._sent.put(batch)
 
@@ -197,32 +211,31 @@ class _UnpersistedStates:
     def __init__(self, store: UserStateStore) -> None:
         self.persisted = 0
         self._store = store
-        self._newest: dict[tuple[int, bytes], tuple[int, bytes]] = {}
-        self._batches: deque[tuple[int, list[tuple[int, bytes]]]] = deque()
+        self._newest: dict[int, dict[bytes, bytes]] = {}
+        self._batches: deque[tuple[int, dict[int, list[KeyValue]]]] = deque()
 
     def load(self, partition: int, keys: Sequence[bytes]) -> list[bytes | None]:
         """The newest state of each user."""
-        pending = [self._newest.get((partition, key)) for key in keys]
-        missing = [key for key, found in zip(keys, pending, strict=True) if found is None]
+        newest = list(map(self._newest.get(partition, {}).get, keys))
+        missing = [key for key, found in zip(keys, newest, strict=True) if found is None]
         stored = iter(self._store.load(partition, missing) if missing else ())
-        return [next(stored) if found is None else found[1] for found in pending]
+        return [next(stored) if found is None else found for found in newest]
 
     def remember(self, number: int, states: dict[int, list[KeyValue]]) -> None:
         """Keep a micro-batch's states until it is persisted."""
-        keys = []
         for partition, rows in states.items():
-            for key, state in rows:
-                self._newest[partition, key] = (number, state)
-                keys.append((partition, key))
-        self._batches.append((number, keys))
+            self._newest.setdefault(partition, {}).update(rows)
+        self._batches.append((number, states))
 
     def forget_persisted(self) -> None:
         """Drop the states that RocksDB has, unless a later micro-batch has renewed them."""
         while self._batches and self._batches[0][0] <= self.persisted:
-            number, keys = self._batches.popleft()
-            for key in keys:
-                if self._newest[key][0] == number:
-                    del self._newest[key]
+            _, states = self._batches.popleft()
+            for partition, rows in states.items():
+                newest = self._newest[partition]
+                for key, state in rows:
+                    if newest.get(key) is state:
+                        del newest[key]
 
 
 async def _for_ever(stage: Callable[[], Awaitable[None]]) -> None:

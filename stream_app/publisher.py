@@ -39,21 +39,31 @@ def by_partition(records: Sequence[_Record], partitions: int) -> dict[int, list[
     found: dict[int, list[_Record]] = {}
     if not records:  # as dead letters are, nearly always
         return found
-    keys = [record.key or b"" for record in records]
+    keys = [record[0] or b"" for record in records]
     for partition, record in zip(partitions_of(keys, partitions).tolist(), records, strict=True):
         found.setdefault(partition, []).append(record)
     return found
 
 
-def fill(new_batch: Callable[[], BatchBuilder], records: Iterable[Mapping[str, Any]]) -> list[BatchBuilder]:
-    """As many batches as it takes for these records, given by what `BatchBuilder.append` takes."""
+def fill(
+    new_batch: Callable[[], BatchBuilder],
+    records: Iterable[tuple[bytes | None, bytes | None, list[Header]]],
+    timestamp_ms: int,
+) -> list[BatchBuilder]:
+    """As many batches as it takes for these records: key, value and headers of each."""
     batches = [new_batch()]
-    for record in records:
+    for key, value, headers in records:
         # A full batch takes no more, and says so only by what it returns; an empty one takes a record of any size.
-        if batches[-1].append(**record) is None:
+        if batches[-1].append(timestamp=timestamp_ms, key=key, value=value, headers=headers) is None:
             batches.append(new_batch())
-            batches[-1].append(**record)
+            batches[-1].append(timestamp=timestamp_ms, key=key, value=value, headers=headers)
     return batches
+
+
+def without_headers(records: Iterable[KeyValue]) -> Iterator[tuple[bytes, bytes, list[Header]]]:
+    """Records as `fill` takes them."""
+    none: list[Header] = []
+    return ((key, value, none) for key, value in records)
 
 
 class Publisher:
@@ -114,10 +124,10 @@ class Publisher:
             for batch in self.pack_for(partition, rows, timestamp_ms)
         ]
 
-    def pack_for(self, partition: int, records: Iterable[tuple[bytes, bytes]], timestamp_ms: int) -> list[Batch]:
+    def pack_for(self, partition: int, records: Iterable[KeyValue], timestamp_ms: int) -> list[Batch]:
         """The same for one given partition."""
-        rows = ({"key": key, "value": value, "timestamp": timestamp_ms} for key, value in records)
-        return [Batch(partition, batch) for batch in fill(self._producer.create_batch, rows)]
+        batches = fill(self._producer.create_batch, without_headers(records), timestamp_ms)
+        return [Batch(partition, batch) for batch in batches]
 
     async def send(self, topic: str, batches: Iterable[Batch]) -> list[asyncio.Future[Any]]:
         """Hand batches over, in order for each partition; the futures resolve when Kafka has acknowledged them.
@@ -130,7 +140,7 @@ class Publisher:
         except KafkaError as error:
             raise WorkerError(f"Kafka takes no more records for {topic}: {error!r}") from None
 
-    async def append(self, topic: str, partition: int, records: Sequence[tuple[bytes, bytes]]) -> range:
+    async def append(self, topic: str, partition: int, records: Sequence[KeyValue]) -> range:
         """Write records to one partition and wait until Kafka has acknowledged them; the offsets that hold them.
 
         Raises:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from aiokafka.consumer.fetcher import READ_UNCOMMITTED
 from aiokafka.errors import (
@@ -46,6 +46,12 @@ _LEAST_ROOM = 16_384
 #: 16,384 of them would take all memory there is.
 _MOST_BYTES = 64 << 20
 
+
+#: Between two fetches of clicks from a broker, at least and at most: as long as a batch is under way. What comes
+#: meanwhile is fetched, computed and written together, which every batch of every partition has a price for; and while
+#: clicks wait in here there is no use in fetching more. On a quiet topic nothing waits, since a fetch is at the broker
+#: by then, and of a backlog it brings more than are computed in that time.
+_FETCH_SECONDS = (0.005, 0.05)
 
 #: How long Kafka holds back its answer while there is nothing new, and how long a poll waits for it: what has to wait
 #: for both, such as the end of a recovery, does not wait longer. Faust has 1.5 seconds and 1.
@@ -116,8 +122,10 @@ class _Thread(driver.AIOKafkaConsumerThread):
         """Add nothing: what ends the thread ends the worker, which says it. Faust would print the traceback."""
 
     async def on_start(self) -> None:
-        """Start the consumer; where it has a name of its own, watch that nobody else takes it."""
+        """Start the consumer, with time between its fetches; where it has a name, watch that nobody else takes it."""
         await super().on_start()
+        consumer = cast("RecordBatchConsumer", self.consumer)
+        _space_out(cast("Any", self._consumer)._fetcher, consumer.seconds_between_fetches)
         if self.app.conf.consumer_group_instance_id:
             self._watch_name(cast("Any", self._consumer)._coordinator)
 
@@ -188,6 +196,21 @@ class _Thread(driver.AIOKafkaConsumerThread):
         return cast("Mapping[TP, int]", await everything.end_offsets(list(partitions), timeout_ms))
 
 
+def _space_out(fetcher: Any, pause: Callable[[Iterable[str]], float]) -> None:
+    """Let time pass after a fetch of these topics before the next one from the same broker is sent."""
+    fetch, earliest = fetcher._proc_fetch_request, dict[int, float]()
+
+    async def fetch_in_time(assignment: Any, node: int, request: Any) -> bool:
+        try:
+            await asyncio.sleep(earliest.get(node, 0.0) - time.monotonic())
+        except asyncio.CancelledError:  # as in the fetch itself: closed, or the partitions are another's now
+            return False
+        earliest[node] = time.monotonic() + pause(topic for topic, _ in request.topics)
+        return bool(await fetch(assignment, node, request))
+
+    fetcher._proc_fetch_request = fetch_in_time
+
+
 class RecordBatchConsumer(driver.Consumer):
     """Polls records and delivers each partition's as one message, never before its position is settled.
 
@@ -205,8 +228,9 @@ class RecordBatchConsumer(driver.Consumer):
         self.max_unacknowledged_bytes = _MOST_BYTES
         self._polling = asyncio.Lock()
         self._acknowledged = asyncio.Event()
-        # Weak: what Faust drops from its queues at a rebalance leaves by itself.
-        self._delivered: WeakSet[Message] = WeakSet()
+        # Message → when; weak: what Faust drops from its queues at a rebalance leaves by itself.
+        self._delivered: WeakKeyDictionary[Message, float] = WeakKeyDictionary()
+        self._seconds_under_way = 0.0  # the batch that was acknowledged last
         self._to_open: set[TP] = set()
         self._settled = False
         self._following: dict[TP, int] = {}  # source → the offset that is to be read next
@@ -311,8 +335,15 @@ class RecordBatchConsumer(driver.Consumer):
             return self._message(tp, ChangelogRecords(records, before.get(tp)), end)
         message = self._message(tp, records, records[-1].offset)
         message.serialized_value_size = sum(map(_bytes_of, records))
-        self._delivered.add(message)
+        self._delivered[message] = time.monotonic()
         return message
+
+    def seconds_between_fetches(self, topics: Iterable[str]) -> float:
+        """How long to wait after a fetch of these topics: not at all where states are restored. From any thread."""
+        if all(self._is_changelog_tp(TP(topic, 0)) for topic in topics):
+            return 0.0
+        least, most = _FETCH_SECONDS
+        return min(max(least, self._seconds_under_way), most)
 
     async def _has_room(self, timeout: float) -> bool:
         if self._is_below_limits():
@@ -346,7 +377,9 @@ class RecordBatchConsumer(driver.Consumer):
 
     def ack(self, message: Message) -> bool:
         """Acknowledge a batch, and let a poll that waits for room go on."""
-        self._delivered.discard(message)
+        delivered = self._delivered.pop(message, None)
+        if delivered is not None:
+            self._seconds_under_way = time.monotonic() - delivered
         self._acknowledged.set()
         return super().ack(message)
 

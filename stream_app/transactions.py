@@ -28,8 +28,17 @@ from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from stream_app.delivery import Delivery, Topics
 from stream_app.errors import BrokerUnavailable, WorkerError
 from stream_app.messages import DeadLetter
-from stream_app.micro_batch import Outbox
-from stream_app.publisher import BATCH_BYTES, Batch, by_partition, fill, forms_of, no_room_for_a_reason, offsets_of
+from stream_app.micro_batch import KeyValue, Outbox
+from stream_app.publisher import (
+    BATCH_BYTES,
+    Batch,
+    by_partition,
+    fill,
+    forms_of,
+    no_room_for_a_reason,
+    offsets_of,
+    without_headers,
+)
 
 #: Seconds that Kafka waits longer for the end of a transaction than the worker does.
 _SLACK_SECONDS = 5.0
@@ -150,9 +159,9 @@ class ExactlyOnce(Delivery[Transactions]):
         states = self._pack_for(partition, outbox.states.get(partition, ()), now_ms)
         return Transaction(outputs, states, end)
 
-    def _pack_for(self, partition: int, rows: Iterable[tuple[bytes, bytes]], now_ms: int) -> list[Batch]:
-        records = [{"key": key, "value": value, "timestamp": now_ms} for key, value in rows]
-        return [Batch(partition, batch) for batch in fill(self._new_batch, records)] if records else []
+    def _pack_for(self, partition: int, rows: Sequence[KeyValue], now_ms: int) -> list[Batch]:
+        batches = fill(self._new_batch, without_headers(rows), now_ms) if rows else []
+        return [Batch(partition, batch) for batch in batches]
 
     def _pack_dead_letters(self, letters: Sequence[DeadLetter], now_ms: int) -> list[Addressed]:
         """One that is refused would end its transaction, again and again: so what is too large is told beforehand."""
@@ -160,15 +169,14 @@ class ExactlyOnce(Delivery[Transactions]):
         return [
             Addressed(self._topics.dead_letters, Batch(destination, batch))
             for destination, some in by_partition(letters, self._limits.dead_letter_partitions).items()
-            for batch in fill(new_batch, (self._fitting(letter, now_ms) for letter in some))
+            for batch in fill(new_batch, map(self._fitting, some), now_ms)
         ]
 
-    def _fitting(self, letter: DeadLetter, now_ms: int) -> dict[str, Any]:
+    def _fitting(self, letter: DeadLetter) -> DeadLetter:
         for form in forms_of(letter):
-            record = {"key": form.key, "value": form.value, "timestamp": now_ms, "headers": form.headers}
-            [alone] = fill(self._new_batch, [record])
+            [alone] = fill(self._new_batch, [form], 0)
             if alone.size() <= self._limits.dead_letter:
-                return record
+                return form
         raise no_room_for_a_reason(self._topics.dead_letters)
 
     async def send_outputs(self, parcel: Transactions) -> None:

@@ -23,10 +23,10 @@ def acknowledge_early() -> None:
     send_outputs = Pipeline._send_outputs
 
     async def mutated(self: Any) -> None:
-        batch = await self._computed.get()
+        batch = await self._encoded.get()
         for event in batch.events:
             event.ack()
-        self._computed._queue.appendleft(batch)
+        self._encoded._queue.appendleft(batch)
         await send_outputs(self)
 
     Pipeline._send_outputs = mutated  # type: ignore[method-assign]

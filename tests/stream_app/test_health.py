@@ -12,7 +12,7 @@ from stream_app.errors import WorkerError
 from stream_app.health import HealthServer
 from stream_app.messages import DeadLetter
 from stream_app.metrics import Metrics, value
-from stream_app.micro_batch import KeyValue, Outbox
+from stream_app.micro_batch import Outbox
 from stream_app.settings import Settings
 
 
@@ -82,7 +82,7 @@ async def test_metrics_are_refreshed_and_in_prometheus_format(get, worker):
 
 async def test_metrics_count_what_a_micro_batch_did(get, worker):
     outbox = Outbox(
-        recommendations={0: [KeyValue(b"u", b"{}")] * 3, 4: [KeyValue(b"u", b"{}")] * 2},
+        recommendations={0: [(b"u", b"{}")] * 3, 4: [(b"u", b"{}")] * 2},
         dead_letters={0: [DeadLetter(None, None, [])] * 2},
         applied=7,
         skipped=3,

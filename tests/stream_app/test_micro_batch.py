@@ -59,9 +59,8 @@ def batcher(bundle, engine):
 
 def batcher_of(bundle, engine, *, only_latest=False):
     rows = {item_id: row for row, item_id in enumerate(ITEMS, start=1)}
-    return MicroBatcher(
-        engine, rows, RecommendationEncoder(["", *ITEMS], bundle.version), ClickLimits(200, 400), only_latest
-    )
+    encoder = RecommendationEncoder(["", *ITEMS], bundle.version, "clicks")
+    return MicroBatcher(engine, rows, encoder, ClickLimits(200, 400), only_latest)
 
 
 class World:
@@ -75,7 +74,9 @@ class World:
         self.applied = self.skipped = self.unknown_items = 0
 
     def run(self, *batches):
-        outbox = self.batcher.advance(batches, self.load, NOW_MS)
+        outbox, answers = self.batcher.advance(batches, self.load)
+        if answers is not None:
+            outbox.recommendations = self.batcher.write(answers, NOW_MS)
         for partition, rows in outbox.states.items():
             self.states[partition].update(rows)
         for partition, published in outbox.recommendations.items():
@@ -236,9 +237,10 @@ def test_poison_alone_asks_for_no_state(batcher):
     def load(partition, keys):
         raise AssertionError((partition, keys))
 
-    outbox = batcher.advance([[record(0, b"u", b"{")]], load, NOW_MS)
+    outbox, answers = batcher.advance([[record(0, b"u", b"{")]], load)
     assert len(outbox.dead_letters) == 1
     assert outbox.states == {}
+    assert answers is None
 
 
 def test_only_users_whose_state_went_on_are_written(batcher):

@@ -54,7 +54,7 @@ def test_a_load_always_finds_the_newest_state_however_far_the_disk_lags(
         rows = dict.fromkeys(touched, b"state-%d" % number)
         by_partition: dict[int, list[KeyValue]] = {}
         for (partition, key), state in rows.items():
-            by_partition.setdefault(partition, []).append(KeyValue(key, state))
+            by_partition.setdefault(partition, []).append((key, state))
         states.remember(number, by_partition)
         newest |= rows
         waiting.append((number, rows))
@@ -67,8 +67,8 @@ def test_a_load_always_finds_the_newest_state_however_far_the_disk_lags(
 def test_persisted_states_are_not_kept() -> None:
     disk = SlowDisk()
     states = _UnpersistedStates(disk)  # type: ignore[arg-type]
-    states.remember(1, {0: [KeyValue(b"u", b"one")]})
-    states.remember(2, {0: [KeyValue(b"u", b"two")]})
+    states.remember(1, {0: [(b"u", b"one")]})
+    states.remember(2, {0: [(b"u", b"two")]})
     states.persisted = 1
     states.forget_persisted()
     assert states.load(0, [b"u"]) == [b"two"]
@@ -96,10 +96,10 @@ class Journal:
 
     # as the publisher
     def pack(self, topic: str, records: Sequence[KeyValue], timestamp_ms: int) -> list[Any]:
-        return [SimpleNamespace(name=record.value.decode()) for record in records]
+        return [SimpleNamespace(name=record[1].decode()) for record in records]
 
     def pack_for(self, partition: int, records: Sequence[KeyValue], timestamp_ms: int) -> list[Any]:
-        names = "+".join(record.value.decode() for record in records)
+        names = "+".join(record[1].decode() for record in records)
         return [SimpleNamespace(name=names, records=SimpleNamespace(record_count=lambda: len(records)))]
 
     async def send(self, topic: str, batches: Sequence[Any]) -> list[asyncio.Future[Any]]:
@@ -114,7 +114,7 @@ class Journal:
 
     def persist_appended(self, partition: int, rows: Sequence[KeyValue], offsets: range) -> None:
         self.before_the_disk()
-        names = "+".join(row.value.decode() for row in rows)
+        names = "+".join(row[1].decode() for row in rows)
         self.steps.append(f"disk {names} up to {offsets[-1]}")
 
     # as events and the computation
@@ -124,15 +124,18 @@ class Journal:
             ack=lambda: self.steps.append(f"ack {'+'.join(records)}"),
         )
 
-    def advance(self, batches: Sequence[Sequence[str]], load: Any, now_ms: int) -> Outbox:
+    def advance(self, batches: Sequence[Sequence[str]], load: Any) -> tuple[Outbox, Any]:
         self.before_the_computation()
         records = [record for batch in batches for record in batch]
-        return Outbox(
-            recommendations={3: [KeyValue(b"u", f"list-{record}".encode()) for record in records]},
+        outbox = Outbox(
             dead_letters={3: [DeadLetter(None, f"letter-{record}".encode(), []) for record in records]},
-            states={3: [KeyValue(f"user-{record}".encode(), f"state-{record}".encode()) for record in records]},
+            states={3: [(f"user-{record}".encode(), f"state-{record}".encode()) for record in records]},
             applied=len(records),
         )
+        return outbox, records
+
+    def write(self, answers: Any, now_ms: int) -> dict[int, list[KeyValue]]:
+        return {3: [(b"u", f"list-{record}".encode()) for record in answers]}
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from jsonschema import Draft202012Validator
 import schemas
 from stream_app.errors import BrokerUnavailable, StateError, WorkerError
 from stream_app.messages import DeadLetter
-from stream_app.micro_batch import KeyValue
 from stream_app.publisher import BATCH_BYTES, Publisher, acknowledged, offsets_of
 from stream_app.settings import Settings
 
@@ -82,7 +81,7 @@ async def test_no_record_is_dropped_however_large(create_topic, publisher_to):
     @given(records)
     @settings(max_examples=60)
     def every_record_is_in_a_batch(drawn):
-        rows = [KeyValue(key, bytes(size)) for key, size in drawn]
+        rows = [(key, bytes(size)) for key, size in drawn]
         for batches in (publisher.pack(topic, rows, TIME_MS), publisher.pack_for(2, rows, TIME_MS)):
             full = [batch for batch in batches if batch.records.record_count()]
             assert sum(batch.records.record_count() for batch in full) == len(rows)
@@ -97,7 +96,7 @@ async def test_every_record_arrives_where_its_key_belongs_and_in_order(create_to
     rng = random.Random(1)
     lengths = [1, 10, 900, 20_000, 400_000, 1_000_000]
     rows = [
-        KeyValue(b"user-%d" % rng.randrange(40), b"%06d" % number + bytes(rng.choices(lengths, [9, 9, 9, 9, 2, 1])[0]))
+        (b"user-%d" % rng.randrange(40), b"%06d" % number + bytes(rng.choices(lengths, [9, 9, 9, 9, 2, 1])[0]))
         for number in range(120)
     ]
     await sent(publisher, topic, publisher.pack(topic, rows, TIME_MS))
@@ -105,7 +104,7 @@ async def test_every_record_arrives_where_its_key_belongs_and_in_order(create_to
     assert sorted((r.key, r.value) for records in found.values() for r in records) == sorted(rows)
     choose = DefaultPartitioner()
     for partition, arrived in found.items():
-        here = [row for row in rows if choose(row.key, list(range(5)), list(range(5))) == partition]
+        here = [row for row in rows if choose(row[0], list(range(5)), list(range(5))) == partition]
         assert [(record.key, record.value) for record in arrived] == here
         assert {record.timestamp for record in arrived} <= {TIME_MS}
 
@@ -115,7 +114,7 @@ async def test_batches_of_a_partition_keep_their_order_while_none_is_acknowledge
     publisher = await publisher_to(topic)
     futures = []
     for number in range(50):
-        batches = publisher.pack_for(1, [KeyValue(b"u", b"%d" % number)], TIME_MS)
+        batches = publisher.pack_for(1, [(b"u", b"%d" % number)], TIME_MS)
         futures += await publisher.send(topic, batches)
     await acknowledged(futures, "the changelog", 30)
     found = await read(topic)
@@ -127,7 +126,7 @@ async def test_the_answers_tell_the_offsets_of_all_records(create_topic, publish
     topic = await create_topic("changelog")
     publisher = await publisher_to(topic)
     for size in (10, 400_000):  # in one batch, and in several
-        batches = publisher.pack_for(0, [KeyValue(b"u", bytes(size))] * 7, TIME_MS)
+        batches = publisher.pack_for(0, [(b"u", bytes(size))] * 7, TIME_MS)
         offsets = offsets_of(batches, await sent(publisher, topic, batches))
         assert list(offsets) == [record.offset for record in (await read(topic))[0]][-7:]
     assert len(batches) > 1
@@ -136,9 +135,9 @@ async def test_the_answers_tell_the_offsets_of_all_records(create_topic, publish
 async def test_a_record_of_somebody_else_between_the_batches_is_noticed(create_topic, publisher_to):
     topic = await create_topic("changelog")
     publisher, stranger = await publisher_to(topic), await publisher_to(topic)
-    batches = publisher.pack_for(0, [KeyValue(b"u", bytes(400_000))] * 4, TIME_MS)
+    batches = publisher.pack_for(0, [(b"u", bytes(400_000))] * 4, TIME_MS)
     answers = await sent(publisher, topic, batches[:1])
-    assert await stranger.append(topic, 0, [KeyValue(b"u", b"late"), KeyValue(b"v", b"late")]) == range(2, 4)
+    assert await stranger.append(topic, 0, [(b"u", b"late"), (b"v", b"late")]) == range(2, 4)
     answers += await sent(publisher, topic, batches[1:])
     with pytest.raises(
         StateError, match="partition 0 of the changelog holds a record at offset 2 that this worker did"
@@ -262,7 +261,7 @@ async def test_letters_too_large_together_arrive_once_each_in_order(create_topic
 async def test_what_kafka_refuses_is_an_error_that_names_it(create_topic, publisher_to):
     topic = await create_topic("recommendations", max_message_bytes="2000")
     publisher = await publisher_to(topic)
-    futures = await publisher.send(topic, publisher.pack(topic, [KeyValue(b"u", bytes(5000))], TIME_MS))
+    futures = await publisher.send(topic, publisher.pack(topic, [(b"u", bytes(5000))], TIME_MS))
     with pytest.raises(WorkerError, match=r"Kafka refused recommendations: .*MessageSizeTooLarge"):
         await acknowledged(futures, "recommendations", 30)
 
@@ -271,7 +270,7 @@ async def test_a_clock_too_far_ahead_for_kafka_is_an_error_that_says_what_to_do(
     topic = await create_topic("recommendations")
     publisher = await publisher_to(topic)
     hours_ahead = int(time.time() + 5 * 3600) * 1000
-    futures = await publisher.send(topic, publisher.pack(topic, [KeyValue(b"u", b"list")], hours_ahead))
+    futures = await publisher.send(topic, publisher.pack(topic, [(b"u", b"list")], hours_ahead))
     with pytest.raises(
         WorkerError, match=r"Kafka refused recommendations, whose time .*: set this machine's clock, or"
     ):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.errors import KafkaConnectionError
+from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from faust.assignor.client_assignment import ClientAssignment
 from faust.types import TP
@@ -390,15 +393,51 @@ async def test_offsets_are_committed_with_the_note_or_not_at_all(
 async def a_client(made: Consumer, topic: str) -> AsyncIterator[Any]:
     """The aiokafka consumer of Faust's thread, started here instead, which reads a partition from its beginning."""
     thread: Any = made._thread
-    client = thread._consumer = thread._create_worker_consumer(made.transport)
-    client.assign([TopicPartition(topic, 0)])
-    await client.start()
+    await thread.on_start()
+    client = thread._consumer
     try:
+        client.assign([TopicPartition(topic, 0)])
         await client.seek_to_beginning()
         yield client
     finally:
         async with asyncio.timeout(30):
             await thread.on_thread_stop()
+
+
+async def test_between_two_fetches_time_passes_for_more_clicks_to_come(
+    bootstrap: str, create_topic: Callable[..., Any]
+) -> None:
+    topic, sent, read = await create_topic(), list[float](), 0
+    with a_consumer(broker=f"kafka://{bootstrap}") as consumer:
+        async with a_client(consumer, topic) as client, AIOKafkaProducer(bootstrap_servers=bootstrap) as producer:
+            send = client._client.send
+
+            def send_noting(node: int, request: Any, **options: Any) -> Any:
+                if isinstance(request, FetchRequest):
+                    sent.append(time.monotonic())
+                return send(node, request, **options)
+
+            client._client.send = send_noting
+            async with asyncio.timeout(60):
+                while read < 50:
+                    await producer.send_and_wait(topic, b"click")
+                    await client.getone()
+                    read += 1
+    pauses = [after - before for before, after in pairwise(sent)]
+    assert len(pauses) > 40
+    assert min(pauses) > record_batches._FETCH_SECONDS[0] - 0.001  # uvloop's clock has milliseconds
+
+
+@pytest.mark.parametrize(("under_way", "pause"), [(0.0, 0.005), (0.02, 0.02), (3.0, 0.05)])
+async def test_fetches_are_as_far_apart_as_a_batch_is_under_way(
+    consumer: Consumer, under_way: float, pause: float
+) -> None:
+    await open_source(consumer)
+    [message] = await delivered(consumer, {SOURCE: records(0, 3)})
+    consumer._delivered[message] -= under_way
+    consumer.ack(message)
+    assert consumer.seconds_between_fetches([CHANGELOG.topic, SOURCE.topic]) == pytest.approx(pause, abs=0.003)
+    assert consumer.seconds_between_fetches([CHANGELOG.topic]) == 0
 
 
 async def test_a_thread_ends_in_order_though_a_fetch_waits_for_its_next_try(

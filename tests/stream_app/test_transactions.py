@@ -23,7 +23,7 @@ from stream_app.delivery import Topics
 from stream_app.dev.kafka.broker import LocalBroker
 from stream_app.errors import BrokerUnavailable, StateError, WorkerError
 from stream_app.messages import DeadLetter
-from stream_app.micro_batch import KeyValue, Outbox
+from stream_app.micro_batch import Outbox
 from stream_app.partitioner import partitions_of
 from stream_app.settings import Settings
 from stream_app.transactions import ExactlyOnce, Group, Limits, PartitionProducer
@@ -120,9 +120,9 @@ async def is_committed(bootstrap: str, group: Group, partition: int, wanted: tup
 
 def outbox(partition: int, users: Sequence[str], letters: Sequence[DeadLetter] = (), size: int = 5) -> Outbox:
     return Outbox(
-        recommendations={partition: [KeyValue(user.encode(), b"list of " + user.encode()) for user in users]},
+        recommendations={partition: [(user.encode(), b"list of " + user.encode()) for user in users]},
         dead_letters={partition: list(letters)} if letters else {},
-        states={partition: [KeyValue(user.encode(), bytes(size)) for user in users]} if users else {},
+        states={partition: [(user.encode(), bytes(size)) for user in users]} if users else {},
     )
 
 
