@@ -463,6 +463,7 @@ def database_options(cache: rocksdict.Cache) -> rocksdict.Options:
     blocks.set_block_cache(cache)
     blocks.set_bloom_filter(10, block_based=False)
     blocks.set_cache_index_and_filter_blocks(True)
+    blocks.set_pin_l0_filter_and_index_blocks_in_cache(True)
     options = rocksdict.Options(raw_mode=True)
     options.create_if_missing(True)
     options.set_block_based_table_factory(blocks)
