@@ -3,7 +3,9 @@
     python -m benchmarks.cost
 
 The parts are called as a micro-batch of 2,048 clicks calls them, one after the other in one thread; parts that the
-micro-batch does inline are what is left of the whole. The worker and the broker are processes of their own, of which
+micro-batch does inline are what is left of the whole. States are read from and written to one database here, warm. What
+the worker takes beyond these parts is Faust, aiokafka, the event loops, and that its threads wait for one another. The
+worker and the broker are processes of their own, of which
 the system says how much CPU time they took while a backlog was worked off.
 """
 
@@ -23,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import orjson
+import rocksdict
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from threadpoolctl import threadpool_limits
 
@@ -36,6 +39,8 @@ from stream_app.messages import ClickLimits, decode_clicks
 from stream_app.micro_batch import MicroBatcher
 from stream_app.publisher import Publisher
 from stream_app.recommendations import Lists, RecommendationEncoder
+from stream_app.state_table import database_options
+from stream_app.write_chain import WriteChain
 
 CLICKS, PARTITIONS, USERS, ITEMS = 2_048, 8, 50_000, 3_416
 BACKLOG = 400_000
@@ -62,16 +67,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         backlog.write_bundle(Path(folder) / "bundle", ITEMS)
         with threadpool_limits(1, user_api="blas"):  # as in a worker
-            costs = asyncio.run(parts(Path(folder) / "bundle", options.rounds))
+            costs = asyncio.run(parts(Path(folder), options.rounds))
         costs |= processes(Path(folder))
     for name, cost in costs.items():
         print(f"{name:>34}: {cost:6.2f}")
     print(json.dumps({"benchmark": "cost", **costs}))
 
 
-async def parts(bundle_folder: Path, rounds: int) -> dict[str, float]:
-    """Of one thread."""
-    bundle = load_bundle(bundle_folder)
+async def parts(folder: Path, rounds: int) -> dict[str, float]:
+    """Of one thread each."""
+    bundle = load_bundle(folder / "bundle")
     layout = state_layout(bundle)
     engine = build_engine(bundle, layout, device="cpu")
     ids = ["", *bundle.catalogue.item_ids]
@@ -121,7 +126,20 @@ async def parts(bundle_folder: Path, rounds: int) -> dict[str, float]:
     found["the rest of a micro-batch"] = round(whole - sum(found.values()), 2)
     found["record batches"] = cost(lambda: [publisher.pack_for(0, each, NOW_MS) for each in (records, changelog)])
     await publisher.stop()
+    database = rocksdict.Rdict(str(folder / "states"), options=database_options(rocksdict.Cache(256 << 20)))
+    chain = WriteChain(database)
+    found["write states"] = cost(lambda: write(chain, changelog))
+    found["load states"] = cost(lambda: database[list(users)])
+    database.close()
     return found
+
+
+def write(chain: WriteChain, rows: list[tuple[bytes, bytes]]) -> None:
+    """As the table does."""
+    batch = rocksdict.WriteBatch(raw_mode=True)
+    for key, state in rows:
+        batch.put(key, state)
+    chain.write(batch)
 
 
 def micro_batch_of(batcher: MicroBatcher, batches: list[list[Record]], states: Mapping[bytes, bytes]) -> None:

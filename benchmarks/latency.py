@@ -1,9 +1,9 @@
-"""How long after a click its recommendation can be read, at three loads.
+"""How long after a click its recommendation can be read, at four loads.
 
     python -m benchmarks.latency                                  8 and 64 partitions, 30 seconds a load
     python -m benchmarks.latency --partitions 8 --seconds 120
 
-What the worker can do is measured first, on a backlog. Then clicks come at 10, 50 and 80% of it, each at a time that
+What the worker can do is measured first, on a backlog. Then clicks come at 10, 30, 50 and 80% of it, each at a time that
 was fixed beforehand, evenly apart: one that waits, for the worker or for its producer, waits from its own time on (no
 coordinated omission). A latency ends where a consumer has the recommendation; every fifth click is looked at, after
 the first ten seconds of a load: a broker that was just started compiles itself meanwhile.
@@ -39,7 +39,7 @@ from stream_app.dev.kafka.broker import LocalBroker
 from stream_app.micro_batch import KeyValue
 from stream_app.publisher import Publisher, acknowledged
 
-LOADS = (0.1, 0.5, 0.8)
+LOADS = (0.1, 0.3, 0.5, 0.8)
 USERS, ITEMS = 50_000, 3_416
 BACKLOG = 300_000
 
