@@ -3,9 +3,9 @@
     python -m benchmarks.latency                                  8 and 64 partitions, 30 seconds a load
     python -m benchmarks.latency --partitions 8 --seconds 120
 
-What the worker can do is measured first, on a backlog. Then clicks come at 10, 30, 50 and 80% of it, each at a time that
-was fixed beforehand, evenly apart: one that waits, for the worker or for its producer, waits from its own time on (no
-coordinated omission). A latency ends where a consumer has the recommendation; every fifth click is looked at, after
+What the worker can do is measured first, on a backlog. Then clicks come at 10, 30, 50 and 80% of it, each at a time
+that was fixed beforehand, evenly apart: one that waits, for the worker or for its producer, waits from its own time on
+(no coordinated omission). A latency ends where a consumer has the recommendation; every fifth click is looked at, after
 the first ten seconds of a load: a broker that was just started compiles itself meanwhile.
 
 Broker, worker, producer and consumer share the machine's cores. The consumer is librdkafka, which leaves most of them
