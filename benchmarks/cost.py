@@ -1,4 +1,4 @@
-"""What each part of a click costs: CPU time of the compute thread by its parts, then of the worker and the broker.
+"""What each part of a click costs: CPU time of its parts, then of the whole worker and the broker.
 
     python -m benchmarks.cost
 

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import orjson
-from confluent_kafka import OFFSET_END, Consumer, Message, TopicPartition
+from confluent_kafka import Consumer, Message, TopicPartition
 
 from benchmarks import backlog
 from benchmarks.machine import processor
@@ -94,8 +94,9 @@ def latencies(bootstrap: str, topic: str, partitions: int, rate: float, seconds:
     """Seconds from when a click was due to when its recommendation was here, of the clicks that are looked at."""
     consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "latency", "enable.auto.commit": False})
     try:
-        consumer.assign([TopicPartition(topic, partition, OFFSET_END) for partition in range(partitions)])
-        consumer.consume(1, _LEAD_SECONDS)  # by then it has found the ends of the logs
+        log = [TopicPartition(topic, partition) for partition in range(partitions)]
+        ends = [consumer.get_watermark_offsets(each, _PATIENCE_SECONDS)[1] for each in log]
+        consumer.assign([TopicPartition(topic, each.partition, end) for each, end in zip(log, ends, strict=True)])
         count, waits = int(rate * (_SETTLING_SECONDS + seconds)), dict[int, float]()
         with load_generator(bootstrap, rate, count) as start:
             due = start + np.arange(count) / rate

@@ -5,8 +5,8 @@
 
 Every user clicks once, which fills the databases of a case. Then the cases take turns: workers start with their
 databases, and clicks of users drawn evenly from all of them come as a backlog. Counted is the CPU time of all workers
-from a fifth of that backlog to its end, and the time that passes, which reads from the disk would add to; the memory is
-the most that one worker ever had. A ratio is of one round. Linux only.
+from a fifth of that backlog on, when all of them are ready, to its end, and the time that passes, which reads from the
+disk would add to; the memory is the most that one worker ever had. A ratio is of one round. Linux only.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import statistics
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -173,13 +174,32 @@ def running(workers: Sequence[Worker], case: Case, most_mb: dict[Case, float]) -
 
 
 def cost_of(workers: Sequence[Worker], processes: Sequence[int], clicks: int) -> Cost:
-    """From a fifth of the backlog to its end."""
+    """From a fifth of the backlog, or when all workers are ready, to its end."""
+    wait_until_ready(workers)
     first = wait_for(workers, clicks // 5)
     cpu, began = sum(map(cpu_seconds, processes)), time.monotonic()
     last = wait_for(workers, clicks)
     counted = last - first
     spent = sum(map(cpu_seconds, processes)) - cpu
     return Cost(spent / counted * 1e6, (time.monotonic() - began) / counted * 1e6)
+
+
+def wait_until_ready(workers: Sequence[Worker]) -> None:
+    """Wait until all of them have partitions and their states."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not all(is_ready(worker.port) for worker in workers):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not all of {len(workers)} workers are ready after {PATIENCE_SECONDS:g} s")
+        time.sleep(0.05)
+
+
+def is_ready(port: int) -> bool:
+    """What the worker's own /ready says; not before it answers."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 def wait_for(workers: Sequence[Worker], clicks: int) -> int:

@@ -136,12 +136,11 @@ class _Part:
     users: dict[bytes, int]
 
 
-def _by_partition(batches: Iterable[Sequence[Record]]) -> dict[int, Sequence[Record]]:
-    found: dict[int, Sequence[Record]] = {}
+def _by_partition(batches: Iterable[Sequence[Record]]) -> dict[int, list[Record]]:
+    found: dict[int, list[Record]] = {}
     for records in batches:
         if records:
-            partition = records[0].partition
-            found[partition] = [*found[partition], *records] if partition in found else records
+            found.setdefault(records[0].partition, []).extend(records)
     return found
 
 

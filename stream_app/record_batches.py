@@ -29,7 +29,7 @@ from aiokafka.errors import (
     for_code,
 )
 from aiokafka.protocol.group import HeartbeatRequest
-from aiokafka.structs import OffsetAndMetadata
+from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from faust import Schema
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, AppT, EventT, Message
@@ -39,7 +39,8 @@ from stream_app.errors import WorkerError, namesake
 from stream_app.logs import warn_of_deleted_clicks
 from stream_app.messages import Record
 
-#: Clicks that may be on their way through the worker, at least; for large micro-batches two of them.
+#: Clicks that may be on their way through the worker, at least; for large micro-batches three of them: one is computed,
+#: one encoded, one written.
 _LEAST_ROOM = 16_384
 
 #: Bytes of records that may be on their way. Clicks come nowhere near it; records of a megabyte are no clicks, but
@@ -47,10 +48,9 @@ _LEAST_ROOM = 16_384
 _MOST_BYTES = 64 << 20
 
 
-#: Between two fetches of clicks from a broker, at least and at most: as long as a batch is under way. What comes
-#: meanwhile is fetched, computed and written together, which every batch of every partition has a price for; and while
-#: clicks wait in here there is no use in fetching more. On a quiet topic nothing waits, since a fetch is at the broker
-#: by then, and of a backlog it brings more than are computed in that time.
+#: Between two fetches from a broker, at least and at most: as long as a batch is under way. What comes meanwhile is
+#: fetched, computed and written together, which every batch of every partition has a price for. On a quiet topic
+#: nothing waits, since a fetch is at the broker by then; nor where more lies in the log than a poll takes.
 _FETCH_SECONDS = (0.005, 0.05)
 
 #: How long Kafka holds back its answer while there is nothing new, and how long a poll waits for it: what has to wait
@@ -125,7 +125,8 @@ class _Thread(driver.AIOKafkaConsumerThread):
         """Start the consumer, with time between its fetches; where it has a name, watch that nobody else takes it."""
         await super().on_start()
         consumer = cast("RecordBatchConsumer", self.consumer)
-        _space_out(cast("Any", self._consumer)._fetcher, consumer.seconds_between_fetches)
+        plenty = self.app.conf.broker_max_poll_records or _LEAST_ROOM
+        _space_out(cast("Any", self._consumer)._fetcher, consumer.seconds_between_fetches, plenty)
         if self.app.conf.consumer_group_instance_id:
             self._watch_name(cast("Any", self._consumer)._coordinator)
 
@@ -196,19 +197,29 @@ class _Thread(driver.AIOKafkaConsumerThread):
         return cast("Mapping[TP, int]", await everything.end_offsets(list(partitions), timeout_ms))
 
 
-def _space_out(fetcher: Any, pause: Callable[[Iterable[str]], float]) -> None:
-    """Let time pass after a fetch of these topics before the next one from the same broker is sent."""
-    fetch, earliest = fetcher._proc_fetch_request, dict[int, float]()
+def _space_out(fetcher: Any, pause: Callable[[], float], plenty: int) -> None:
+    """Let time pass between two fetches from a broker, unless as many records are known to lie in a log."""
+    fetch, sent = fetcher._proc_fetch_request, dict[int, float]()
 
     async def fetch_in_time(assignment: Any, node: int, request: Any) -> bool:
-        try:
-            await asyncio.sleep(earliest.get(node, 0.0) - time.monotonic())
-        except asyncio.CancelledError:  # as in the fetch itself: closed, or the partitions are another's now
-            return False
-        earliest[node] = time.monotonic() + pause(topic for topic, _ in request.topics)
+        if not _has_plenty(assignment, request, plenty):
+            try:
+                await asyncio.sleep(sent.get(node, 0.0) + pause() - time.monotonic())
+            except asyncio.CancelledError:  # as in the fetch itself: closed, or the partitions are another's now
+                return False
+        sent[node] = time.monotonic()
         return bool(await fetch(assignment, node, request))
 
     fetcher._proc_fetch_request = fetch_in_time
+
+
+def _has_plenty(assignment: Any, request: Any, plenty: int) -> bool:
+    """Whether so many records wait in a log that is to be fetched from, as far as the last fetch told."""
+    return any(
+        (assignment.state_value(TopicPartition(topic, partition)).highwater or 0) - offset > plenty
+        for topic, partitions in request.topics
+        for partition, offset, _ in partitions
+    )
 
 
 class RecordBatchConsumer(driver.Consumer):
@@ -223,7 +234,7 @@ class RecordBatchConsumer(driver.Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         #: A poll brings no more clicks while this many are delivered and not yet acknowledged.
-        self.max_unacknowledged = max(_LEAST_ROOM, 2 * (self.app.conf.broker_max_poll_records or 0))
+        self.max_unacknowledged = max(_LEAST_ROOM, 3 * (self.app.conf.broker_max_poll_records or 0))
         #: Nor while these have that many bytes.
         self.max_unacknowledged_bytes = _MOST_BYTES
         self._polling = asyncio.Lock()
@@ -338,10 +349,8 @@ class RecordBatchConsumer(driver.Consumer):
         self._delivered[message] = time.monotonic()
         return message
 
-    def seconds_between_fetches(self, topics: Iterable[str]) -> float:
-        """How long to wait after a fetch of these topics: not at all where states are restored. From any thread."""
-        if all(self._is_changelog_tp(TP(topic, 0)) for topic in topics):
-            return 0.0
+    def seconds_between_fetches(self) -> float:
+        """As long as the batch that was acknowledged last was under way, within bounds. From any thread."""
         least, most = _FETCH_SECONDS
         return min(max(least, self._seconds_under_way), most)
 

@@ -470,7 +470,8 @@ def database_options(cache: rocksdict.Cache) -> rocksdict.Options:
     options.set_write_buffer_size(2 * PART_BYTES)  # which is not reached
     options.set_max_write_buffer_number(2)
     options.set_max_background_jobs(2)
-    options.set_compression_type(rocksdict.DBCompressionType.none())  # most of a state is digits that don't compress
+    # A hidden state does not compress, and what else is in a row is not worth the time.
+    options.set_compression_type(rocksdict.DBCompressionType.none())
     options.set_keep_log_file_num(2)
     # After a crash of the machine: the longest unharmed prefix, and the changelog brings the rest.
     options.set_wal_recovery_mode(rocksdict.DBRecoveryMode.point_in_time())

@@ -273,7 +273,7 @@ def logs(draw):
             if rng.random() < 0.1:
                 records.append(record(offset, user.encode(), b"poison", partition))
             else:
-                records.append(click(offset, user, item, partition))
+                records.append(click(offset, user, item, partition, event_id=f"{partition}-{offset}"))
     return log
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,6 +85,8 @@ class Journal:
         self.open: dict[str, asyncio.Future[Any]] = {}
         self.before_the_disk: Callable[[], object] = lambda: None
         self.before_the_computation: Callable[[], object] = lambda: None
+        self.before_the_encoding: Callable[[], object] = lambda: None
+        self.ends: list[Mapping[int, int]] = []
 
     def _future(self, step: str) -> asyncio.Future[Any]:
         self.steps.append(step)
@@ -118,15 +120,17 @@ class Journal:
         self.steps.append(f"disk {names} up to {offsets[-1]}")
 
     # as events and the computation
-    def event(self, *records: str) -> Any:
+    def event(self, *records: str, offset: int = 0) -> Any:
         return SimpleNamespace(
-            message=SimpleNamespace(value=list(records), partition=3, offset=0),
+            message=SimpleNamespace(value=list(records), partition=3, offset=offset),
             ack=lambda: self.steps.append(f"ack {'+'.join(records)}"),
         )
 
     def advance(self, batches: Sequence[Sequence[str]], load: Any) -> tuple[Outbox, Any]:
         self.before_the_computation()
         records = [record for batch in batches for record in batch]
+        if records == ["poison"]:
+            return Outbox(dead_letters={3: [DeadLetter(None, b"letter-poison", [])]}), None
         outbox = Outbox(
             dead_letters={3: [DeadLetter(None, f"letter-{record}".encode(), []) for record in records]},
             states={3: [(f"user-{record}".encode(), f"state-{record}".encode()) for record in records]},
@@ -135,6 +139,7 @@ class Journal:
         return outbox, records
 
     def write(self, answers: Any, now_ms: int) -> dict[int, list[KeyValue]]:
+        self.before_the_encoding()
         return {3: [(b"u", f"list-{record}".encode()) for record in answers]}
 
 
@@ -252,6 +257,74 @@ async def test_a_refused_record_ends_the_pipeline_and_nothing_is_acknowledged(
     with pytest.raises(WorkerError, match="refused"):
         await asyncio.wait_for(asyncio.shield(pipeline[1]), 5)
     assert not [step for step in journal.steps if step.startswith(("disk", "ack"))]
+
+
+def raise_an_error() -> None:
+    raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("where", ["before_the_computation", "before_the_encoding", "before_the_disk"])
+async def test_an_error_in_a_thread_ends_the_pipeline_and_nothing_is_acknowledged(
+    journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]], where: str
+) -> None:
+    setattr(journal, where, raise_an_error)
+    await pipeline[0].put(journal.event("a"))
+    if where == "before_the_disk":
+        for step in ("recommendations list-a", "dead-letters letter-a", "changelog state-a"):
+            await until(lambda: step in journal.open)  # noqa: B023
+            journal.acknowledge(step)
+    with pytest.raises(RuntimeError, match="a bug"):
+        await asyncio.wait_for(asyncio.shield(pipeline[1]), 5)
+    assert not [step for step in journal.steps if step.startswith(("disk", "ack"))]
+
+
+async def test_a_micro_batch_is_computed_while_the_one_before_it_is_encoded(
+    journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]]
+) -> None:
+    computed, both = [], threading.Event()
+
+    def compute() -> None:
+        computed.append(None)
+        if len(computed) == 2:
+            both.set()
+
+    journal.before_the_computation = compute
+    journal.before_the_encoding = lambda: both.wait(5) or raise_an_error()
+    await pipeline[0].put(journal.event("a"))
+    await until(lambda: len(computed) == 1)
+    await pipeline[0].put(journal.event("b"))
+    await until(lambda: "recommendations list-b" in journal.open)
+
+
+async def test_poison_alone_becomes_a_dead_letter_and_is_acknowledged(
+    journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]]
+) -> None:
+    await pipeline[0].put(journal.event("poison"))
+    await until(lambda: "dead-letters letter-poison" in journal.open)
+    journal.acknowledge("dead-letters letter-poison")
+    await until(lambda: "ack poison" in journal.steps)
+
+
+async def test_a_delivery_learns_where_each_partition_goes_on(
+    journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack, computing = AtLeastOnce.pack, threading.Event()
+
+    def noting(self: AtLeastOnce, outbox: Outbox, ends: Mapping[int, int], now_ms: int) -> Any:
+        journal.ends.append(ends)
+        return pack(self, outbox, ends, now_ms)
+
+    monkeypatch.setattr(AtLeastOnce, "pack", noting)
+    journal.before_the_computation = lambda: computing.wait(5)
+    await pipeline[0].put(journal.event("a", offset=5))
+    await settled()
+    await pipeline[0].put(journal.event("b", offset=7))
+    waiting = asyncio.create_task(pipeline[0].put(journal.event("c", offset=9)))
+    await settled()
+    computing.set()
+    await until(lambda: len(journal.ends) == 2)
+    assert journal.ends == [{3: 6}, {3: 10}]
+    await asyncio.wait_for(waiting, 5)
 
 
 async def test_a_micro_batch_holds_as_many_events_as_fit(

@@ -436,8 +436,56 @@ async def test_fetches_are_as_far_apart_as_a_batch_is_under_way(
     [message] = await delivered(consumer, {SOURCE: records(0, 3)})
     consumer._delivered[message] -= under_way
     consumer.ack(message)
-    assert consumer.seconds_between_fetches([CHANGELOG.topic, SOURCE.topic]) == pytest.approx(pause, abs=0.003)
-    assert consumer.seconds_between_fetches([CHANGELOG.topic]) == 0
+    assert consumer.seconds_between_fetches() == pytest.approx(pause, abs=0.003)
+
+
+@pytest.mark.parametrize("end", ["stop", "on_thread_stop", "reassign"])
+async def test_a_fetch_that_waits_for_its_time_holds_nobody_up(
+    bootstrap: str, create_topic: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    topic = await create_topic()
+    monkeypatch.setattr(record_batches, "_FETCH_SECONDS", (60.0, 60.0))
+    async with AIOKafkaProducer(bootstrap_servers=bootstrap) as producer:
+        for number in range(3):
+            await producer.send_and_wait(topic, b"%d" % number)
+    with a_consumer(broker=f"kafka://{bootstrap}") as consumer:
+        async with a_client(consumer, topic) as client, asyncio.timeout(20):
+            [read] = (await client.getmany(timeout_ms=10_000)).values()
+            assert len(read) == 3
+            while not client._fetcher._in_flight:  # the next fetch, which waits  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            if end == "reassign":
+                monkeypatch.setattr(record_batches, "_FETCH_SECONDS", (0.0, 0.0))
+                client._subscription.unsubscribe()
+                client.assign([TopicPartition(topic, 0)])
+                client.seek(TopicPartition(topic, 0), 1)
+                assert (await client.getone()).value == b"1"
+            elif end == "stop":
+                await client.stop()
+                assert not client._fetcher._fetch_task.cancelled()
+
+
+async def test_brokers_wait_for_their_own_fetches_alone_and_not_where_a_log_has_plenty() -> None:
+    sent: list[tuple[int, float]] = []
+
+    class Fetcher:
+        async def _proc_fetch_request(self, assignment: Any, node: int, request: Any) -> bool:
+            sent.append((node, time.monotonic()))
+            return True
+
+    def state_value(tp: TopicPartition) -> Any:
+        return SimpleNamespace(highwater={0: None, 1: 110, 2: 111}[tp.partition])
+
+    def request(partition: int) -> Any:
+        return SimpleNamespace(topics=[("clicks", [(partition, 10, 1)])])
+
+    fetcher, assignment, pause = Fetcher(), SimpleNamespace(state_value=state_value), 0.2
+    record_batches._space_out(fetcher, lambda: pause, plenty=100)
+    for node, partition in [(1, 0), (2, 0), (1, 2), (1, 1)]:
+        assert await fetcher._proc_fetch_request(assignment, node, request(partition))
+    (_, first), (_, other), (_, plenty), (_, last) = sent
+    assert max(other - first, plenty - other) < pause / 2
+    assert last - plenty > pause - 0.001
 
 
 async def test_a_thread_ends_in_order_though_a_fetch_waits_for_its_next_try(
@@ -492,9 +540,9 @@ async def test_a_poll_does_not_wait_out_a_rebalance(
                 assert await thread._fetch_records(client, {TopicPartition(topic, 0)}, timeout=0.1) == {}
 
 
-async def test_there_is_room_for_two_of_the_largest_micro_batches() -> None:
+async def test_there_is_room_for_three_of_the_largest_micro_batches() -> None:
     with a_consumer(broker_max_poll_records=50_000) as consumer:
-        assert consumer.max_unacknowledged == 100_000
+        assert consumer.max_unacknowledged == 150_000
 
 
 async def test_the_offset_to_commit_is_one_past_the_last_acknowledged_batch(consumer: Consumer) -> None:
