@@ -1,6 +1,6 @@
 """How fast a backlog is worked off, beside the obvious program, Quix Streams, and a loop that copies.
 
-    python -m benchmarks.backlog                     400,000 clicks of 50,000 users, 3,416 items, three rounds
+    python -m benchmarks.backlog                     400,000 clicks of 50,000 users, 3,416 items, two rounds
     python -m benchmarks.backlog --clicks 100000 --rounds 1
 
 All are whole processes on the same real broker and the same clicks; they take turns: the worker with each of its
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--clicks", type=int, default=400_000)
     parser.add_argument("--users", type=int, default=50_000)
     parser.add_argument("--items", type=int, default=3_416)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rates = measure(Path(folder), options.clicks, options.users, options.items, options.rounds)
