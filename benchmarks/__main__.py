@@ -1,6 +1,6 @@
 """`make bench`: every measurement but the long ones, one by one.
 
-Those are quality, killed_training, memory, users, rebalance, latency and latest; and gpu, which wants one.
+Those are quality, killed_training, memory, scale, rebalance, latency and latest; and gpu, which wants one.
 """
 
 from benchmarks import backlog, cost, golden, poison, ranking, recovery, step, training

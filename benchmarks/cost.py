@@ -176,6 +176,7 @@ def processes(folder: Path) -> dict[str, float]:
             first = asyncio.run(until(broker.bootstrap, environment["STREAM_APP_RECOMMENDATIONS_TOPIC"], 1))
             last = asyncio.run(until(broker.bootstrap, environment["STREAM_APP_RECOMMENDATIONS_TOPIC"], BACKLOG))
             after = [cpu_seconds(pid) for pid in pids]
+        backlog.prove(environment)
     names = ("the whole worker, on a backlog", "the broker beside it")
     return {
         name: round((stop - start) / (last - first) * 1e6, 2)
