@@ -1,9 +1,9 @@
 """`make bench`: every measurement but the long ones, one by one.
 
-Those are quality, killed_training, memory, scale, rebalance, latency and latest; and gpu, which wants one.
+Those are quality, killed_training, memory, poison, scale, rebalance, latency and latest; and gpu, which wants one.
 """
 
-from benchmarks import backlog, cost, golden, poison, ranking, recovery, step, training
+from benchmarks import backlog, cost, golden, ranking, recovery, step, training
 
 if __name__ == "__main__":
     golden.main()
@@ -13,4 +13,3 @@ if __name__ == "__main__":
     cost.main()
     backlog.main()
     recovery.main()
-    poison.main()

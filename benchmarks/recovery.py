@@ -1,6 +1,6 @@
 """How fast a lost disk comes back: the worker's recovery from the changelog, beside Faust's own.
 
-    python -m benchmarks.recovery                    a million states, three rounds
+    python -m benchmarks.recovery                    a million states, one round
     python -m benchmarks.recovery --states 50000 --rounds 1
 
 Both are whole processes that start on an empty folder and read the same topic of the same real broker; they take turns.
@@ -56,7 +56,7 @@ def main() -> None:
     """Measure and print a table, then one JSON line for history."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recovery", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--states", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=300, help="for each process in each round, at most")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
