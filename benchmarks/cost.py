@@ -39,8 +39,7 @@ from stream_app.messages import ClickLimits, decode_clicks
 from stream_app.micro_batch import MicroBatcher
 from stream_app.publisher import Publisher
 from stream_app.recommendations import Lists, RecommendationEncoder
-from stream_app.state_table import database_options
-from stream_app.write_chain import WriteChain
+from stream_app.state_table import open_database
 
 CLICKS, PARTITIONS, USERS, ITEMS = 2_048, 8, 50_000, 3_416
 BACKLOG = 400_000
@@ -126,20 +125,19 @@ async def parts(folder: Path, rounds: int) -> dict[str, float]:
     found["the rest of a micro-batch"] = round(whole - sum(found.values()), 2)
     found["record batches"] = cost(lambda: [publisher.pack_for(0, each, NOW_MS) for each in (records, changelog)])
     await publisher.stop()
-    database = rocksdict.Rdict(str(folder / "states"), options=database_options(rocksdict.Cache(256 << 20)))
-    chain = WriteChain(database)
-    found["write states"] = cost(lambda: write(chain, changelog))
+    database = open_database(folder / "states", rocksdict.Cache(256 << 20))
+    found["write states"] = cost(lambda: write(database, changelog))
     found["load states"] = cost(lambda: database[list(users)])
     database.close()
     return found
 
 
-def write(chain: WriteChain, rows: list[tuple[bytes, bytes]]) -> None:
+def write(database: rocksdict.Rdict, rows: list[tuple[bytes, bytes]]) -> None:
     """As the table does."""
     batch = rocksdict.WriteBatch(raw_mode=True)
     for key, state in rows:
         batch.put(key, state)
-    chain.write(batch)
+    database.write(batch)
 
 
 def micro_batch_of(batcher: MicroBatcher, batches: list[list[Record]], states: Mapping[bytes, bytes]) -> None:

@@ -1,8 +1,9 @@
 """The Faust table of user states: the changelog topic is the truth, RocksDB on the local disk is its cache.
 
 One database a partition, opened when the partition is assigned and closed when it is revoked; a partition that isn't
-assigned can't be read or written. A state and the changelog offset that it came from are written in one batch, so a
-database always equals some prefix of its changelog, whatever was killed.
+assigned can't be read or written. A state and the changelog offset that it came from are written in one batch, and
+without a log of RocksDB's own: what a kill leaves is what was flushed last, which equals some prefix of the changelog,
+and the changelog brings the rest.
 
 A worker that was frozen past its session may wake up and append old states behind its successor's. Two things make that
 harmless. The successor notices that its own records don't follow each other, and ends before it relies on them. And
@@ -36,7 +37,6 @@ from stream_app.errors import StateError, foreign_record
 from stream_app.record_batches import ChangelogRecords, RecordBatchSchema, records_of
 from stream_app.recovery import OutspokenRecovery
 from stream_app.topic_metadata import NO_ID
-from stream_app.write_chain import PART_BYTES, WriteChain
 
 #: Named apart from this module: mode gives each service its module's logger, and those are quieted (see logs.py).
 logger = logging.getLogger("stream_app.local_state")
@@ -57,6 +57,9 @@ _UNUSABLE = re.compile(
 )
 
 _OFFSET = struct.Struct("<q")
+
+#: What a database holds in memory before it is flushed: what a kill leaves to be restored, too.
+WRITE_BUFFER_BYTES = 16 << 20
 
 #: A key and the packed state to store under it.
 Row = tuple[bytes, bytes]
@@ -113,7 +116,7 @@ class UserStateStore(SerializedStore):
         self._identity = self.layout.header + struct.pack("<q", self.layout.dtype.itemsize)
         self._cache = rocksdict.Cache(options.cache_bytes)
         self._databases: dict[int, rocksdict.Rdict] = {}
-        self._chains: dict[int, WriteChain] = {}
+        self._held: dict[int, int | None] = {}  # each database's changelog offset, so that nobody has to read it
         self._standbys: set[int] = set()  # partitions of other workers, whose changelogs are followed
         self.restored = 0  # changelog records of own partitions applied so far: a recovery that goes on is seen by it
 
@@ -155,9 +158,8 @@ class UserStateStore(SerializedStore):
 
     def persisted_offset(self, tp: TP) -> int | None:
         """Return the changelog offset up to which the local database is complete."""
-        with self._disk_errors_explained(tp.partition):
-            packed = self._database(tp.partition).get(_CHANGELOG_OFFSET)
-        return None if packed is None else int(_OFFSET.unpack(packed)[0])
+        self._database(tp.partition)  # refuses one that is not assigned
+        return self._held[tp.partition]
 
     def set_persisted_offset(self, tp: TP, offset: int) -> None:
         """Remember that the local database holds the changelog up to this offset."""
@@ -334,19 +336,19 @@ class UserStateStore(SerializedStore):
         for key in before - overtaken:
             batch.delete(_OVERTAKEN + key)
         with self._disk_errors_explained(partition):
-            self._database(partition)  # refuses one that is not assigned
-            self._chains[partition].write(batch)
+            self._database(partition).write(batch)
+        self._held[partition] = offset
         self._overtaken[partition] = overtaken
 
     def _open(self, partition: int) -> rocksdict.Rdict:
         path = self._folder() / str(partition)
         database = None
         try:
-            database = rocksdict.Rdict(str(path), options=database_options(self._cache))
+            database = open_database(path, self._cache)
             is_of_layout = database.get(_LAYOUT) in {None, self._identity}
             is_of_changelog = database.get(_CHANGELOG_ID) in {None, NO_ID, self._changelog_id}
             self._overtaken[partition] = _overtaken_in(database)
-            self._chains[partition] = _chain_of(database)
+            self._held[partition] = _offset_in(database)
             if is_of_layout and is_of_changelog:
                 self._label(database)  # may be what finds it damaged: nothing is written to a database that is
         except Exception as error:  # noqa: BLE001  (rocksdict raises bare Exception for every damage)
@@ -374,7 +376,7 @@ class UserStateStore(SerializedStore):
 
     def _close(self, partition: int) -> None:
         self._overtaken.pop(partition, None)
-        self._chains.pop(partition, None)
+        self._held.pop(partition, None)
         self._following.pop(partition, None)
         try:
             self._databases.pop(partition).close()
@@ -409,10 +411,10 @@ class UserStateStore(SerializedStore):
     def _start_over(self, partition: int, path: Path, reason: str) -> rocksdict.Rdict:
         try:
             aside = _set_aside(path)
-            database = rocksdict.Rdict(str(path), options=database_options(self._cache))
+            database = open_database(path, self._cache)
             self._label(database)
             self._overtaken[partition] = frozenset()
-            self._chains[partition] = WriteChain(database)
+            self._held[partition] = None
         except Exception as error:  # noqa: BLE001
             raise _unusable(path, f"{reason}; {error}") from None
         logger.warning(
@@ -457,8 +459,16 @@ class UserStateTable(Table):
         return cast("UserStateStore", self.data)
 
 
-def database_options(cache: rocksdict.Cache) -> rocksdict.Options:
-    """Of a database of one partition; the block cache is that of all of them."""
+def open_database(path: Path, cache: rocksdict.Cache) -> rocksdict.Rdict:
+    """The database of one partition; the block cache is that of all of them. Raises what rocksdict does."""
+    database = rocksdict.Rdict(str(path), options=_options(cache))
+    unlogged = rocksdict.WriteOptions()
+    unlogged.disable_wal = True
+    database.set_write_options(unlogged)
+    return database
+
+
+def _options(cache: rocksdict.Cache) -> rocksdict.Options:
     blocks = rocksdict.BlockBasedOptions()
     blocks.set_block_cache(cache)
     blocks.set_bloom_filter(10, block_based=False)
@@ -467,14 +477,12 @@ def database_options(cache: rocksdict.Cache) -> rocksdict.Options:
     options = rocksdict.Options(raw_mode=True)
     options.create_if_missing(True)
     options.set_block_based_table_factory(blocks)
-    options.set_write_buffer_size(2 * PART_BYTES)  # which is not reached
-    options.set_max_write_buffer_number(2)
+    options.set_write_buffer_size(WRITE_BUFFER_BYTES)
+    options.set_max_write_buffer_number(3)
     options.set_max_background_jobs(2)
     # A hidden state does not compress, and what else is in a row is not worth the time.
     options.set_compression_type(rocksdict.DBCompressionType.none())
     options.set_keep_log_file_num(2)
-    # After a crash of the machine: the longest unharmed prefix, and the changelog brings the rest.
-    options.set_wal_recovery_mode(rocksdict.DBRecoveryMode.point_in_time())
     return options
 
 
@@ -495,16 +503,9 @@ def _unusable(path: Path, error: Exception | str) -> StateError:
     )
 
 
-def _chain_of(database: rocksdict.Rdict) -> WriteChain:
-    """The chain of writes of a database.
-
-    Raises:
-        StateError: the database is not all that was written to it.
-    """
-    chain = WriteChain(database)
-    if database.get(_CHANGELOG_OFFSET) is not None and not chain.count:
-        raise StateError("it holds states, and nothing that says how many writes there were")
-    return chain
+def _offset_in(database: rocksdict.Rdict) -> int | None:
+    packed = database.get(_CHANGELOG_OFFSET)
+    return None if packed is None else int(_OFFSET.unpack(packed)[0])
 
 
 def _overtaken_in(database: rocksdict.Rdict) -> frozenset[bytes]:

@@ -24,11 +24,15 @@ import sys
 from typing import Any, NoReturn
 
 import stream_app.worker  # noqa: F401  (what a worker would import)
+from stream_app import state_table
 from stream_app.cli import main
 from stream_app.state_table import UserStateStore
 from tests.chaos.clock import let_jump
 from tests.chaos.mutations import MUTATIONS
 from tests.chaos.points import signal_at
+
+_WRITE_BUFFER_BYTES = 256 << 10
+"""Kills shall come before, in and after flushes, and a full disk be met soon."""
 
 
 def fork_workers() -> None:
@@ -104,6 +108,7 @@ def _become_chaotic(
     hours_seconds: float = 1,
     largest_file: int | None = None,
 ) -> None:
+    state_table.WRITE_BUFFER_BYTES = _WRITE_BUFFER_BYTES
     _tell_rebalances()
     _tell_tasks_when_asked()
     if mutation:

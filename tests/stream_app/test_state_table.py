@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrurec.user_state import StateLayout
+from stream_app import state_table
 from stream_app.errors import StateError
 from stream_app.record_batches import ChangelogRecords
 from stream_app.state_table import StoreOptions, UserStateStore, restore_rows, user_state_table
@@ -131,64 +132,116 @@ async def test_an_offset_can_be_set_alone(store):
     assert read_all(store) == ({b"a": state(1)}, 9)
 
 
-def test_a_kill_leaves_states_and_offset_of_the_same_batch(tmp_path):
+USERS = 3_000
+
+
+def written(number: int) -> list[tuple[bytes, bytes]]:
+    """The states of one write of many."""
+    return [(b"%d" % ((20 * number + place) % USERS), state(number)) for place in range(20)]
+
+
+def prefix(offset: int | None) -> dict[bytes, bytes]:
+    """What a database holds after the writes up to one."""
+    return {key: row for number in range(following(offset)) for key, row in written(number)}
+
+
+def following(offset: int | None) -> int:
+    return 0 if offset is None else offset + 1
+
+
+@contextmanager
+def small_write_buffers():
+    """What is written is flushed soon."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state_table, "WRITE_BUFFER_BYTES", 64 << 10)
+        yield
+
+
+def write_and_be_killed(folder: Path, first: int, stop: int) -> None:
+    """Some writes, in a process of its own that ends by a kill while the last of them are being flushed."""
     writer = f"""
-import asyncio, itertools, sys
+import asyncio, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_state_table import assign, make_store, state
+from test_state_table import assign_in, small_write_buffers, written
 
-async def write_for_ever():
-    store = await assign(make_store(Path({str(tmp_path)!r})), 0)
-    for number in itertools.count():
-        store.persist(0, [(b"%d" % user, state(number)) for user in range(50)], number)
-        if number == 100:
-            print("going", flush=True)
+async def write():
+    with small_write_buffers():
+        store = await assign_in(Path({str(folder)!r}))
+        for number in range({first}, {stop}):
+            store.persist(0, written(number), number)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-asyncio.run(write_for_ever())
+asyncio.run(write())
 """
-    with subprocess.Popen([sys.executable, "-W", "ignore", "-c", writer], stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"going\n"
-        process.send_signal(signal.SIGKILL)
-
-    async def read_after_the_kill():
-        store = await assign_in(tmp_path)
-        found = read_all(store)
-        await store.stop()
-        return found
-
-    states, offset = asyncio.run(read_after_the_kill())
-    assert offset >= 100
-    assert states == {b"%d" % user: state(offset) for user in range(50)}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", writer], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
 
 
-def test_a_log_cut_anywhere_leaves_states_and_offset_of_the_same_batch(tmp_path):
-    """What a crash of the machine leaves: the log's last bytes never reached the disk."""
-
-    async def write(folder):
-        store = await assign_in(folder)
-        for number in range(4):
-            store.persist(0, [(b"%d" % user, state(number)) for user in range(3)], number)
-        shutil.copytree(folder, tmp_path / "crashed")  # with the log as it is before any clean end
-        await store.stop()
-
-    async def read(folder):
+def after_the_kill(folder: Path) -> tuple[dict[bytes, bytes], int | None]:
+    async def read():
         store = await assign_in(folder)
         found = read_all(store)
         await store.stop()
         return found
 
-    asyncio.run(write(tmp_path / "open"))
-    [log] = (tmp_path / "crashed").glob("**/*.log")
-    content, offsets = log.read_bytes(), set()
-    for length in range(0, len(content), 7):
-        folder = tmp_path / str(length)
-        shutil.copytree(tmp_path / "crashed", folder)
-        (folder / log.relative_to(tmp_path / "crashed")).write_bytes(content[:length])
-        states, offset = asyncio.run(read(folder))
-        assert states == ({} if offset is None else {b"%d" % user: state(offset) for user in range(3)})
+    return asyncio.run(read())
+
+
+def test_a_kill_leaves_the_states_up_to_some_offset(tmp_path):
+    first = 0
+    for writes in (700, 1, 300, 40, 1_500):
+        write_and_be_killed(tmp_path, first, first + writes)
+        states, offset = after_the_kill(tmp_path)
+        assert states == prefix(offset)
+        first = following(offset)
+    assert first > 500  # and it had been flushed
+
+
+@pytest.mark.parametrize("writes", [120, 2_000], ids=["before a compaction", "after some"])
+def test_a_list_of_files_that_is_cut_off_anywhere_leaves_the_states_up_to_some_offset_or_none(tmp_path, writes):
+    """RocksDB does not miss the end of it."""
+    write_and_be_killed(tmp_path / "killed", 0, writes)
+    database = Path("v1/tables/user_state/0")
+    name = (tmp_path / "killed" / database / "CURRENT").read_text().strip()
+    size = (tmp_path / "killed" / database / name).stat().st_size
+    offsets = set()
+    for length in range(0, size + 1, max(1, size // 40)):
+        copy = tmp_path / "copy"
+        shutil.copytree(tmp_path / "killed", copy)
+        with (copy / database / name).open("r+b") as file:
+            file.truncate(length)
+        states, offset = after_the_kill(copy)
+        assert states == prefix(offset)
+        if offset not in offsets:  # and it goes on from there
+            write_and_be_killed(copy, following(offset), following(offset) + 900)
+            states, last = after_the_kill(copy)
+            assert states == prefix(last)
+            assert last is None or last > following(offset)  # begun anew, if it proved damaged
         offsets.add(offset)
-    assert offsets == {None, 0, 1, 2}
+        shutil.rmtree(copy)
+    assert len(offsets) > 2 or writes > 120  # what came before a compaction is gone
+
+
+def test_the_log_that_an_earlier_version_wrote_is_still_read(tmp_path, database):
+    logged = f"""
+import asyncio, os, signal, sys
+from pathlib import Path
+import rocksdict
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_state_table import assign_in, written
+
+async def write():
+    store = await assign_in(Path({str(tmp_path)!r}))
+    store._databases[0].set_write_options(rocksdict.WriteOptions())
+    for number in range(5):
+        store.persist(0, written(number), number)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(write())
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", logged], timeout=60, check=False)
+    assert after_the_kill(tmp_path) == (prefix(4), 4)
 
 
 # -- partitions
@@ -398,25 +451,6 @@ async def test_a_database_that_is_found_damaged_as_it_is_labelled_is_begun_anew(
     await store.stop()
 
 
-async def test_a_database_that_lacks_a_part_of_what_was_written_is_begun_anew(tmp_path, caplog):
-    for offset in range(3):  # a part each
-        store = await assign_in(tmp_path)
-        store.persist(0, STATES.items(), offset)
-        if offset:
-            del store._databases[0][b"\xff\xffpart\xff" + bytes(8)]
-        await store.stop()
-    assert await after_a_restart(tmp_path) == ({}, None)
-    assert "parts" in caplog.records[0].data["reason"]
-
-
-async def test_a_database_that_nothing_says_is_whole_is_begun_anew(tmp_path):
-    store = await assign_in(tmp_path)
-    store.persist(0, STATES.items(), 7)
-    del store._databases[0][b"\xff\xffpart\xff" + bytes(8)]
-    await store.stop()
-    assert await after_a_restart(tmp_path) == ({}, None)
-
-
 async def test_a_damaged_database_is_kept_aside_for_a_look(whole, tmp_path, database, caplog):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (database / "CURRENT").write_bytes(b"MANIF")
@@ -517,20 +551,21 @@ except Exception as error:
 
 
 async def write_until_it_is_refused(folder: Path) -> None:
-    store = make_store(folder)
-    try:
-        await assign(store, 0)
-        for number in itertools.count(1):
-            store.persist(0, [(b"%d" % user, state(number)) for user in range(20)], number)
-    finally:
-        await store.stop()
+    with small_write_buffers():
+        store = make_store(folder)
+        try:
+            await assign(store, 0)
+            for number in itertools.count(following(store.persisted_offset(TP(CHANGELOG, 0)))):
+                store.persist(0, written(number), number)
+        finally:
+            await store.stop()
 
 
 async def assert_whole_and_in_place(folder: Path, database: Path) -> None:
     store = await assign_in(folder)
     states, offset = read_all(store)
     await store.stop()
-    assert states == {b"%d" % user: state(offset) for user in range(20)}
+    assert states == prefix(offset)
     assert [path.name for path in database.parent.iterdir()] == [database.name]  # nothing was set aside
 
 
