@@ -142,7 +142,9 @@ def write(database: rocksdict.Rdict, rows: list[tuple[bytes, bytes]]) -> None:
 
 def micro_batch_of(batcher: MicroBatcher, batches: list[list[Record]], states: Mapping[bytes, bytes]) -> None:
     """All of one, but for what is read and written."""
-    _, answers = batcher.advance(batches, lambda _, keys: [states[key] for key in keys])
+    arrived = batcher.decode(batches)
+    rows = [states[key] for _, keys in arrived.users for key in keys]
+    _, answers = batcher.advance(arrived, batcher.unpack(rows))
     if answers is not None:
         batcher.write(answers, NOW_MS)
 

@@ -45,14 +45,21 @@ def _to_half(x):
 
 
 @compiled(nogil=True)
-def widen(half, out):
+def widen(rows, first, out):
     """Float16 → float32, exactly; numpy converts number by number, which takes as long as a third of a step.
 
     Args:
-        half: (n,) int16, the bits of float16.
-        out: (n,) float32.
+        rows: (n, s) int16, the bits of float16 in columns `first` to `first + m`.
+        first: the first of them.
+        out: (n, m) float32.
 
     """
+    for row in range(out.shape[0]):
+        _widen(rows[row, first : first + out.shape[1]], out[row])
+
+
+@njit(nogil=True)
+def _widen(half, out):
     for i in range(half.shape[0]):
         bits = _int32(_int32(half[i]) & _int32(0x7FFF))
         wide = _int32(bits << _int32(13))
@@ -65,14 +72,21 @@ def widen(half, out):
 
 
 @compiled(nogil=True)
-def narrow(x, half):
+def narrow(x, first, rows):
     """Float32 that float16 can hold (`_to_half`) → its bits.
 
     Args:
-        x: (n,) float32.
-        half: (n,) int16, out.
+        x: (n, m) float32.
+        first: the first of m columns.
+        rows: (n, s) int16, out, in these columns.
 
     """
+    for row in range(x.shape[0]):
+        _narrow(x[row], rows[row, first : first + x.shape[1]])
+
+
+@njit(nogil=True)
+def _narrow(x, half):
     for i in range(x.shape[0]):
         bits = np.float32(x[i]).view(np.int32)
         magnitude = _int32(bits & _int32(0x7FFFFFFF))
@@ -169,7 +183,7 @@ def _recur(users, bu, bias, decay, hidden, block, half):
 
 
 @compiled(nogil=True)
-def advance(users, items, weights, hidden, half, recent_items, clicks, encodings, wide, seen, counts):
+def advance(users, items, weights, hidden, half, rows, first, clicks, encodings, wide, seen, counts):
     """One recurrent step per click, and what each click's user has seen after it.
 
     Args:
@@ -178,7 +192,8 @@ def advance(users, items, weights, hidden, half, recent_items, clicks, encodings
         weights: `FoldedWeights`.
         hidden: (u, l, 2, h) float32, real and imaginary parts of every user's state; advanced in place.
         half: round the hidden state to float16 after every click.
-        recent_items: (u, R) int32 ring, advanced in place.
+        rows: (u, s) int32 with a ring of R item rows in columns `first` to `first + R`, advanced in place.
+        first: the first of them.
         clicks: (u,) int64 clicks so far, advanced in place.
         encodings: (p, d) float32, out: what the item scores are computed from.
         wide: (p, 4d) float32 scratch.
@@ -206,12 +221,13 @@ def advance(users, items, weights, hidden, half, recent_items, clicks, encodings
         _product(wide, down[block], x)
         _add_residual(x, down_bias[block], y)
         _layer_norm(x, norm_2[block, 0], norm_2[block, 1], eps)
-    capacity = recent_items.shape[1]
+    capacity = seen.shape[1]
     for click in range(n):
         user = users[click]
-        recent_items[user, clicks[user] % capacity] = items[click]
+        rows[user, first + clicks[user] % capacity] = items[click]
         clicks[user] += 1
-        seen[click] = recent_items[user]
+        for place in range(capacity):
+            seen[click, place] = rows[user, first + place]
         counts[click] = clicks[user]
 
 

@@ -7,7 +7,7 @@ contract, `Engine`: compiled loops on the CPU, `lrurec.device` on a GPU.
 from __future__ import annotations
 
 import ctypes
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
@@ -82,6 +82,7 @@ class CompiledEngine:
         self.layout = layout
         self._weights = fold(bundle.config, bundle.weights)
         self._ranker = ranker_of(bundle.weights["item_embedding.weight"], bundle.weights["item_bias"])
+        self._half = layout.precision == "float16"
         self._top_k = top_k
         self._exclude_seen = exclude_seen
         self._rows = -(-max_batch // kernels.TILE) * kernels.TILE
@@ -102,45 +103,42 @@ class CompiledEngine:
     ) -> tuple[UserStates, Ranking]:
         """See `Engine.advance`. Larger batches than `max_batch` are cut."""
         states = states.copy()
-        hidden = self._widened(states["hidden"])
-        recent, counts_by_user = states["recent_items"].copy(), states["clicks"].copy()
+        hidden = self._widened(states)
         ranking = empty_ranking(len(ranked), self._top_k)
         for start in range(0, len(clicks.user), self._rows):
             part = slice(start, start + self._rows)
             first, last = np.searchsorted(ranked, (start, start + self._rows))
-            counts = self._step(clicks.user[part], clicks.item[part], hidden, recent, counts_by_user)
+            counts = self._step(clicks.user[part], clicks.item[part], states, hidden)
             wanted = ranked[first:last] - start
             self._rank(wanted, ranking.items[first:last], ranking.scores[first:last])
             ranking.clicks[first:last] = counts[wanted]
-        states["hidden"] = self._as_stored(hidden)
-        states["recent_items"], states["clicks"] = recent, counts_by_user
+        self._store(hidden, states)
         # Assignment in order: a user's last click wins.
         states["source_offset"][clicks.user] = clicks.source_offset
         states["timestamp_ms"][clicks.user] = clicks.timestamp_ms
         return states, ranking
 
-    def _widened(self, stored: np.ndarray) -> np.ndarray:
-        if stored.dtype != np.float16:
-            return stored.copy()
-        hidden = np.empty(stored.shape, np.float32)
-        kernels.widen(np.ascontiguousarray(stored).view(np.int16).reshape(-1), hidden.reshape(-1))
+    def _widened(self, states: UserStates) -> Float32[np.ndarray, "u n"]:
+        if not self._half:
+            return np.array(states["hidden"]).reshape(len(states), -1)
+        hidden = np.empty((len(states), self.layout.hidden_numbers), np.float32)
+        kernels.widen(_columns_of(states, np.int16), self.layout.place_of("hidden") // 2, hidden)
         return hidden
 
-    def _as_stored(self, hidden: np.ndarray) -> np.ndarray:
-        if self.layout.precision != "float16":
-            return hidden
-        half = np.empty(hidden.shape, np.int16)
-        kernels.narrow(hidden.reshape(-1), half.reshape(-1))
-        return half.view(np.float16)
+    def _store(self, hidden: Float32[np.ndarray, "u n"], states: UserStates) -> None:
+        if self._half:
+            kernels.narrow(hidden, self.layout.place_of("hidden") // 2, _columns_of(states, np.int16))
+        else:
+            states["hidden"] = hidden.reshape(states["hidden"].shape)
 
     def _step(
-        self, user: np.ndarray, item: np.ndarray, hidden: np.ndarray, recent: np.ndarray, clicks: np.ndarray
+        self, user: np.ndarray, item: np.ndarray, states: UserStates, hidden: Float32[np.ndarray, "u n"]
     ) -> np.ndarray:
         rows = -(-len(user) // kernels.TILE) * kernels.TILE
         counts = np.empty(len(user), np.int64)
-        half = self.layout.precision == "float16"
         kernels.advance(
-            user, item, self._weights, hidden, half, recent, clicks,
+            user, item, self._weights, hidden.reshape(states["hidden"].shape), self._half,
+            _columns_of(states, np.int32), self.layout.place_of("recent_items") // 4, states["clicks"],
             self._encodings[:rows], self._wide[:rows], self._seen, counts,
         )  # fmt: skip
         return counts
@@ -148,6 +146,11 @@ class CompiledEngine:
     def _rank(self, wanted: np.ndarray, top_items: np.ndarray, top_scores: np.ndarray) -> None:
         seen = self._seen if self._exclude_seen else self._seen[:, :0]
         self._ranker.rank(self._encodings, wanted, np.ascontiguousarray(seen), top_items, top_scores)
+
+
+def _columns_of(states: UserStates, number: type[np.integer[Any]]) -> np.ndarray:
+    """Whole rows as numbers of one type: fields of that type lie side by side in it."""
+    return states.view(number).reshape(len(states), -1)
 
 
 @runtime_checkable

@@ -85,6 +85,15 @@ class StateLayout:
             ]
         )
 
+    def place_of(self, field: str) -> int:
+        """The byte at which a field begins in a row; a multiple of four, as a row's length is."""
+        return int(self.dtype.fields[field][1]) if self.dtype.fields else 0
+
+    @cached_property
+    def hidden_numbers(self) -> int:
+        """Real numbers in a hidden state."""
+        return self.blocks * 2 * self.channels
+
     #: Bytes 0 to 32 of every row of this layout: what must be equal before a row's other bytes mean anything.
     @cached_property
     def header(self) -> bytes:

@@ -5,13 +5,15 @@ Plain bytes and arrays in and out: nothing here awaits, reads a clock or a setti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from lrurec.engine import Clicks, Engine, Ranking
+from lrurec.user_state import UserStates
+from stream_app.fence import not_applied_yet
 from stream_app.messages import (
     ClickColumns,
     ClickLimits,
@@ -20,10 +22,6 @@ from stream_app.messages import (
     decode_clicks,
 )
 from stream_app.recommendations import Lists, RecommendationEncoder
-
-#: (partition, keys) → the packed state of each, None for a user without one.
-LoadStates = Callable[[int, Sequence[bytes]], list[bytes | None]]
-
 
 #: A record to publish.
 KeyValue: TypeAlias = tuple[bytes, bytes]
@@ -46,13 +44,25 @@ class Outbox:
     unknown_items: int = 0
 
 
+class Arrived(NamedTuple):
+    """The records of a micro-batch, decoded: clicks by partition, and what is none in the outbox."""
+
+    outbox: Outbox
+    parts: Sequence[_Part]
+    clicks: Clicks
+    """All of them; users are numbered through the parts."""
+
+    @property
+    def users(self) -> list[tuple[int, list[bytes]]]:
+        """Partition, and keys of the users who clicked in it, each once: in the order of their numbers."""
+        return [(part.partition, [*part.users]) for part in self.parts]
+
+
 class Answers(NamedTuple):
     """Rankings that are not written yet, with the clicks that they answer."""
 
     parts: Sequence[_Part]
     clicks: Clicks
-    """All of them; users are numbered through the parts."""
-
     ranked: np.ndarray
     """The numbers of those that are answered."""
 
@@ -78,13 +88,8 @@ class MicroBatcher:
     limits: ClickLimits
     only_latest: bool = False
 
-    def advance(self, batches: Sequence[Sequence[Record]], load: LoadStates) -> tuple[Outbox, Answers | None]:
-        """What these records lead to, without recommendations: those are what `write` makes of the answers.
-
-        Each batch holds one partition's records in log order. A click at or before its user's last applied offset was
-        applied by an earlier run, which had its recommendation acknowledged before its state was written: it is
-        skipped.
-        """
+    def decode(self, batches: Iterable[Sequence[Record]]) -> Arrived:
+        """What these records hold; each batch has one partition's, in log order."""
         outbox, parts = Outbox(), list[_Part]()
         for partition, records in _by_partition(batches).items():
             clicks = decode_clicks(records, self.item_rows, self.limits)
@@ -93,21 +98,38 @@ class MicroBatcher:
                 outbox.dead_letters[partition] = clicks.dead_letters
             if clicks.user:
                 parts.append(_Part(partition, clicks, {key: n for n, key in enumerate(dict.fromkeys(clicks.user))}))
+        return Arrived(outbox, parts, _columns(parts))
+
+    def unpack(self, rows: Sequence[bytes | None]) -> UserStates:
+        """States out of their bytes, None for a user without one.
+
+        Raises:
+            UserStateError: a row is no state of this model and layout.
+        """
+        return self.engine.layout.unpack(rows)
+
+    def advance(self, arrived: Arrived, states: UserStates) -> tuple[Outbox, Answers | None]:
+        """What the clicks lead to, without recommendations: those are what `write` makes of the answers.
+
+        A click at or before its user's last applied offset was applied by an earlier run, which had its recommendation
+        acknowledged before its state was written: it is skipped.
+
+        Args:
+            arrived: the clicks.
+            states: of `arrived.users`.
+
+        """
+        outbox, parts, clicks = arrived
         if not parts:
             return outbox, None
-        packed = [state for part in parts for state in load(part.partition, [*part.users])]
-        return outbox, self._apply(parts, self.engine.layout.unpack(packed), outbox)
-
-    def _apply(self, parts: list[_Part], states: np.ndarray, outbox: Outbox) -> Answers:
-        arrived = _columns(parts)
-        fresh = _not_applied_yet(arrived.user, arrived.source_offset, states["source_offset"])
-        clicks = Clicks(*(column[fresh] for column in arrived))
-        ranked = _last_of_each_user(clicks.user) if self.only_latest else np.arange(len(fresh))
-        after, ranking = self.engine.advance(states, clicks, ranked)
+        fresh = not_applied_yet(clicks.user, clicks.source_offset, states["source_offset"])
+        new = Clicks(*(column[fresh] for column in clicks))
+        ranked = _last_of_each_user(new.user) if self.only_latest else np.arange(len(fresh))
+        after, ranking = self.engine.advance(states, new, ranked)
         outbox.applied = len(fresh)
-        outbox.skipped = len(arrived.user) - len(fresh)
-        outbox.states = _pack_states(parts, after, np.unique(clicks.user))
-        return Answers(parts, arrived, fresh[ranked], ranking)
+        outbox.skipped = len(clicks.user) - len(fresh)
+        outbox.states = _pack_states(parts, after, new.user)
+        return outbox, Answers(parts, clicks, fresh[ranked], ranking)
 
     def write(self, answers: Answers, now_ms: int) -> dict[int, list[KeyValue]]:
         """Recommendations, by source partition. Can be called from another thread than `advance`."""
@@ -175,27 +197,16 @@ def _columns(parts: Sequence[_Part]) -> Clicks:
     )
 
 
-def _not_applied_yet(user: np.ndarray, offset: np.ndarray, applied: np.ndarray) -> np.ndarray:
-    """Indices of the clicks beyond their user's last applied offset: the fence that makes a replay harmless.
-
-    Offsets may also repeat within a micro-batch, where records were delivered again: each has to exceed all before it.
-    """
-    highest = applied.tolist()
-    fresh = []
-    for click, (index, position) in enumerate(zip(user.tolist(), offset.tolist(), strict=True)):
-        if position > highest[index]:
-            highest[index] = position
-            fresh.append(click)
-    return np.array(fresh, np.int64)
-
-
 def _last_of_each_user(user: np.ndarray) -> np.ndarray:
     _, from_the_end = np.unique(user[::-1], return_index=True)
     return np.sort(len(user) - 1 - from_the_end)
 
 
-def _pack_states(parts: Sequence[_Part], states: np.ndarray, changed: np.ndarray) -> dict[int, list[KeyValue]]:
-    size, keys = states.dtype.itemsize, [key for part in parts for key in part.users]
-    packed = states[changed].tobytes()
-    rows = [(keys[user], packed[place * size : (place + 1) * size]) for place, user in enumerate(changed.tolist())]
-    return _cut(parts, rows, np.searchsorted(changed, _ends(len(part.users) for part in parts)))
+def _pack_states(parts: Sequence[_Part], states: UserStates, clicked: np.ndarray) -> dict[int, list[KeyValue]]:
+    keys = [key for part in parts for key in part.users]
+    changed = np.flatnonzero(np.bincount(clicked, minlength=len(keys)))
+    if len(changed) < len(keys):  # some were applied before
+        states, keys = states[changed], [keys[user] for user in changed.tolist()]
+    rows: list[bytes] = states.view(f"V{states.dtype.itemsize}").tolist()  # an untyped number of bytes is `bytes`
+    ends = np.searchsorted(changed, _ends(len(part.users) for part in parts))
+    return _cut(parts, list(zip(keys, rows, strict=True)), ends)

@@ -1,7 +1,7 @@
 """From batches of clicks to acknowledged batches of clicks: the durable order, several micro-batches deep.
 
-    events ─► gather ─► compute ─► encode ─► send outputs ─► send changelog ─► write RocksDB ─► acknowledge the events
-              (what has  (thread)   (thread)  await acks      await acks        (thread)
+    events ─► gather ─► prepare ─► compute ─► encode ─► send outputs ─► send changelog ─► write RocksDB ─► acknowledge
+              (what has  (thread)   (thread)   (thread)  await acks      await acks        (thread)         the events
                arrived)
 
 Micro-batches leave every stage in the order in which they entered it. A user's state is in the changelog only when his
@@ -17,17 +17,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 from faust.types import EventT
 
+from lrurec.user_state import UserStates
 from stream_app.delivery import Delivery
 from stream_app.metrics import Metrics
-from stream_app.micro_batch import Answers, KeyValue, MicroBatcher, Outbox
+from stream_app.micro_batch import Answers, Arrived, KeyValue, MicroBatcher, Outbox
 from stream_app.record_batches import records_of
 from stream_app.state_table import UserStateStore
 
@@ -48,6 +49,15 @@ class _MicroBatch:
     outbox: Outbox = field(default_factory=Outbox)
     answers: Answers | None = None
     parcel: Any = None
+
+
+class _Prepared(NamedTuple):
+    """What the computation of a micro-batch takes."""
+
+    arrived: Arrived
+    loaded: _Loaded
+    states: UserStates
+    """What was loaded, unpacked."""
 
 
 class Pipeline:
@@ -84,10 +94,13 @@ class Pipeline:
         self._arrived_clicks = 0
         self._held: EventT[Any] | None = None  # arrived, but too large for the micro-batch before
         self._taken = asyncio.Event()
+        self._ahead = asyncio.Semaphore()  # one micro-batch is prepared while another is computed
+        self._prepared: asyncio.Queue[tuple[_MicroBatch, _Prepared]] = asyncio.Queue()
         self._computed: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
         self._encoded: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
         self._sent: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
         self._logged: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
+        self._prepare_thread = ThreadPoolExecutor(1, "prepare")
         self._compute_thread = ThreadPoolExecutor(1, "compute")
         self._encode_thread = ThreadPoolExecutor(1, "encode")
         self._disk_thread = ThreadPoolExecutor(1, "disk")
@@ -112,24 +125,32 @@ class Pipeline:
         """
         try:
             async with asyncio.TaskGroup() as stages:
-                for stage in (self._compute, self._encode, self._send_outputs, self._send_changelog, self._persist):
+                for stage in (
+                    self._prepare, self._compute, self._encode, self._send_outputs, self._send_changelog, self._persist,
+                ):  # fmt: skip
                     stages.create_task(_for_ever(stage), name=stage.__name__.lstrip("_"))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:
-            for thread in (self._compute_thread, self._encode_thread, self._disk_thread):
+            for thread in (self._prepare_thread, self._compute_thread, self._encode_thread, self._disk_thread):
                 thread.shutdown(wait=True, cancel_futures=True)
 
-    async def _compute(self) -> None:
+    async def _prepare(self) -> None:
+        await self._ahead.acquire()
         events = await self._gather()
         self._number += 1
         batch = _MicroBatch(self._number, events, sum(len(records_of(event)) for event in events), time.monotonic())
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._compute_thread, self._advance, batch)
-        await self._computed.put(batch)
+        prepared = await loop.run_in_executor(self._prepare_thread, self._decode_and_load, events)
+        self._prepared.put_nowait((batch, prepared))
+
+    def _decode_and_load(self, events: Sequence[EventT[Any]]) -> _Prepared:
+        arrived = self._batcher.decode([records_of(event) for event in events])
+        loaded = self._unpersisted.load(arrived.users)
+        return _Prepared(arrived, loaded, self._batcher.unpack(loaded.rows))
 
     async def _gather(self) -> list[EventT[Any]]:
-        """What has arrived on all partitions while the last micro-batch was computed: one event, or as many as fit."""
+        """What has arrived on all partitions since the last time: one event, or as many as fit."""
         events = [self._held or await self._arrived.get()]
         self._held = None
         clicks = len(records_of(events[0]))
@@ -156,10 +177,19 @@ class Pipeline:
         except TimeoutError:
             return None
 
-    def _advance(self, batch: _MicroBatch) -> None:
-        self._unpersisted.forget_persisted()
-        records = [records_of(event) for event in batch.events]
-        batch.outbox, batch.answers = self._batcher.advance(records, self._unpersisted.load)
+    async def _compute(self) -> None:
+        batch, prepared = await self._prepared.get()
+        self._ahead.release()
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._compute_thread, self._advance, batch, prepared)
+        await self._computed.put(batch)
+
+    def _advance(self, batch: _MicroBatch, prepared: _Prepared) -> None:
+        arrived, loaded, states = prepared
+        places, newer = self._unpersisted.newer_than(loaded)
+        if places:
+            states[places] = self._batcher.unpack(newer)
+        batch.outbox, batch.answers = self._batcher.advance(arrived, states)
         self._unpersisted.remember(batch.number, batch.outbox.states)
 
     async def _encode(self) -> None:
@@ -202,10 +232,25 @@ class Pipeline:
             self._store.persist_appended(partition, rows, changelog_offsets[partition])
 
 
+class _Loaded(NamedTuple):
+    """States that were loaded ahead of their computation."""
+
+    users: Sequence[tuple[int, Sequence[bytes]]]
+    rows: list[bytes | None]
+    """All of them, one after the other."""
+
+    persisted: int
+    """The last micro-batch that was in RocksDB before this was read from it."""
+
+
 class _UnpersistedStates:
     """States that are computed and not yet in RocksDB; they go before it when states are loaded.
 
-    Used by the compute thread alone, but for `persisted`, which the last stage advances.
+    A micro-batch's states are loaded while the one before it is computed: what that one and those in flight change is
+    taken from here when its own turn comes. So nothing is forgotten that RocksDB did not hold yet when it was asked.
+
+    `load` is the prepare thread's, `newer_than` and `remember` the compute thread's; `persisted` is advanced by the
+    last stage.
     """
 
     def __init__(self, store: UserStateStore) -> None:
@@ -214,12 +259,29 @@ class _UnpersistedStates:
         self._newest: dict[int, dict[bytes, bytes]] = {}
         self._batches: deque[tuple[int, dict[int, list[KeyValue]]]] = deque()
 
-    def load(self, partition: int, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The newest state of each user."""
+    def load(self, users: Sequence[tuple[int, Sequence[bytes]]]) -> _Loaded:
+        """The newest state of each user so far."""
+        persisted = self.persisted  # before RocksDB is asked
+        return _Loaded(users, [row for partition, keys in users for row in self._load(partition, keys)], persisted)
+
+    def _load(self, partition: int, keys: Sequence[bytes]) -> Iterable[bytes | None]:
         newest = list(map(self._newest.get(partition, {}).get, keys))
         missing = [key for key, found in zip(keys, newest, strict=True) if found is None]
         stored = iter(self._store.load(partition, missing) if missing else ())
-        return [next(stored) if found is None else found for found in newest]
+        return (next(stored) if found is None else found for found in newest)
+
+    def newer_than(self, loaded: _Loaded) -> tuple[list[int], list[bytes | None]]:
+        """Places and rows of the states that were computed since they were loaded.
+
+        Forgets what RocksDB had before that: later micro-batches are loaded later.
+        """
+        self._forget(loaded.persisted)
+        newest: list[bytes | None] = []
+        for partition, keys in loaded.users:
+            before = loaded.rows[len(newest) : len(newest) + len(keys)]
+            newest += map(self._newest.get(partition, {}).get, keys, before)
+        places = [place for place, row in enumerate(newest) if row is not loaded.rows[place]]
+        return places, [newest[place] for place in places]
 
     def remember(self, number: int, states: dict[int, list[KeyValue]]) -> None:
         """Keep a micro-batch's states until it is persisted."""
@@ -227,9 +289,9 @@ class _UnpersistedStates:
             self._newest.setdefault(partition, {}).update(rows)
         self._batches.append((number, states))
 
-    def forget_persisted(self) -> None:
-        """Drop the states that RocksDB has, unless a later micro-batch has renewed them."""
-        while self._batches and self._batches[0][0] <= self.persisted:
+    def _forget(self, persisted: int) -> None:
+        """Drop the states up to a micro-batch, unless a later one has renewed them."""
+        while self._batches and self._batches[0][0] <= persisted:
             _, states = self._batches.popleft()
             for partition, rows in states.items():
                 newest = self._newest[partition]

@@ -462,7 +462,7 @@ class UserStateTable(Table):
 def open_database(path: Path, cache: rocksdict.Cache) -> rocksdict.Rdict:
     """The database of one partition; the block cache is that of all of them. Raises what rocksdict does."""
     database = rocksdict.Rdict(str(path), options=_options(cache))
-    unlogged = rocksdict.WriteOptions()
+    unlogged: Any = rocksdict.WriteOptions()  # its stub takes the property for a method
     unlogged.disable_wal = True
     database.set_write_options(unlogged)
     return database
@@ -472,8 +472,6 @@ def _options(cache: rocksdict.Cache) -> rocksdict.Options:
     blocks = rocksdict.BlockBasedOptions()
     blocks.set_block_cache(cache)
     blocks.set_bloom_filter(10, block_based=False)
-    blocks.set_cache_index_and_filter_blocks(True)
-    blocks.set_pin_l0_filter_and_index_blocks_in_cache(True)
     options = rocksdict.Options(raw_mode=True)
     options.create_if_missing(True)
     options.set_block_based_table_factory(blocks)

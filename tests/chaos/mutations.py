@@ -53,7 +53,7 @@ def swap_outputs_and_changelog() -> None:
 
 def apply_twice() -> None:
     """The offset in a state is not looked at: what was applied and not committed is applied again."""
-    stream_app.micro_batch._not_applied_yet = lambda user, offset, applied: np.arange(len(user))
+    stream_app.micro_batch.not_applied_yet = lambda user, offset, applied: np.arange(len(user))
 
 
 def restore_without_the_guard() -> None:

@@ -203,11 +203,16 @@ def test_a_click_is_ranked_to_the_same_bits_in_any_company(d, items):
 
 
 def test_every_float16_is_widened_exactly_and_narrowed_to_itself():
-    half = np.arange(2**16, dtype=np.uint16).view(np.float16)
-    wide, back = np.empty(half.shape, np.float32), np.empty(half.shape, np.int16)
-    kernels.widen(half.view(np.int16), wide)
+    half = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(128, 512)
+    rows = np.full((128, 520), 77, np.int16)  # among other columns
+    rows[:, 3:515] = half.view(np.int16)
+    wide, back = np.empty(half.shape, np.float32), np.full(rows.shape, 77, np.int16)
+    kernels.widen(rows, 3, wide)
     np.testing.assert_array_equal(wide, half.astype(np.float32))
     assert np.array_equal(np.signbit(wide), np.signbit(half))
-    kernels.narrow(wide, back)
-    np.testing.assert_array_equal(back.view(np.float16), half)
-    assert np.array_equal(np.signbit(back.view(np.float16)), np.signbit(half))
+    kernels.narrow(wide, 3, back)
+    found = np.ascontiguousarray(back[:, 3:515]).view(np.float16)
+    np.testing.assert_array_equal(found, half)
+    assert np.array_equal(np.signbit(found), np.signbit(half))
+    back[:, 3:515] = 77
+    assert (back == 77).all()

@@ -74,7 +74,9 @@ class World:
         self.applied = self.skipped = self.unknown_items = 0
 
     def run(self, *batches):
-        outbox, answers = self.batcher.advance(batches, self.load)
+        arrived = self.batcher.decode(batches)
+        rows = [row for partition, keys in arrived.users for row in self.load(partition, keys)]
+        outbox, answers = self.batcher.advance(arrived, self.batcher.unpack(rows))
         if answers is not None:
             outbox.recommendations = self.batcher.write(answers, NOW_MS)
         for partition, rows in outbox.states.items():
@@ -234,10 +236,9 @@ def test_poison_disturbs_no_neighbour(any_batcher):
 
 
 def test_poison_alone_asks_for_no_state(batcher):
-    def load(partition, keys):
-        raise AssertionError((partition, keys))
-
-    outbox, answers = batcher.advance([[record(0, b"u", b"{")]], load)
+    arrived = batcher.decode([[record(0, b"u", b"{")]])
+    assert arrived.users == []
+    outbox, answers = batcher.advance(arrived, batcher.unpack([]))
     assert len(outbox.dead_letters) == 1
     assert outbox.states == {}
     assert answers is None

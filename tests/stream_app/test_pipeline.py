@@ -34,47 +34,61 @@ class SlowDisk:
 
 
 users = st.tuples(st.integers(0, PARTITIONS - 1), st.integers(0, USERS - 1).map(lambda n: b"user-%d" % n))
-micro_batches = st.lists(st.tuples(st.sets(users, min_size=1), st.integers(0, 2)), max_size=30)
+EVERYBODY = [(partition, [b"user-%d" % n for n in range(USERS)]) for partition in range(PARTITIONS)]
 
 
-@settings(deadline=None, max_examples=200)
-@given(micro_batches)
-def test_a_load_always_finds_the_newest_state_however_far_the_disk_lags(
-    batches: list[tuple[set[tuple[int, bytes]], int]],
+@settings(deadline=None, max_examples=400)
+@given(st.lists(st.sets(users, min_size=1), max_size=12), st.data())
+def test_a_computation_has_the_newest_state_however_early_it_was_loaded_and_however_far_the_disk_lags(
+    batches: list[set[tuple[int, bytes]]], data: st.DataObject
 ) -> None:
     disk = SlowDisk()
     states = _UnpersistedStates(disk)  # type: ignore[arg-type]
     newest: dict[tuple[int, bytes], bytes] = {}
     waiting: list[tuple[int, dict[tuple[int, bytes], bytes]]] = []
-    for number, (touched, writes) in enumerate(batches, start=1):
-        states.forget_persisted()
-        for partition in range(PARTITIONS):
-            keys = [b"user-%d" % n for n in range(USERS)]
-            assert states.load(partition, keys) == [newest.get((partition, key)) for key in keys]
-        rows = dict.fromkeys(touched, b"state-%d" % number)
-        by_partition: dict[int, list[KeyValue]] = {}
-        for (partition, key), state in rows.items():
-            by_partition.setdefault(partition, []).append((key, state))
-        states.remember(number, by_partition)
-        newest |= rows
-        waiting.append((number, rows))
-        for _ in range(min(writes, len(waiting))):
+
+    def persist_some() -> None:
+        for _ in range(data.draw(st.integers(0, len(waiting)))):
             done, persisted = waiting.pop(0)
             disk.rows |= persisted
-            states.persisted = done
+            if data.draw(st.booleans()):  # else it is noted later
+                states.persisted = done
+
+    ahead = states.load(EVERYBODY)
+    for number, touched in enumerate(batches, start=1):
+        loaded, early = ahead, data.draw(st.booleans())
+        persist_some()
+        if early:  # the next one's, before this one is computed
+            ahead = states.load(EVERYBODY)
+            persist_some()
+        rows = list(loaded.rows)
+        for place, row in zip(*states.newer_than(loaded), strict=True):
+            assert row is not rows[place], "it was known"
+            rows[place] = row
+        assert rows == [newest.get((partition, key)) for partition, keys in EVERYBODY for key in keys]
+        renewed = {user: b"state-%d of %d %b" % (number, *user) for user in touched}
+        by_partition: dict[int, list[KeyValue]] = {}
+        for (partition, key), state in renewed.items():
+            by_partition.setdefault(partition, []).append((key, state))
+        states.remember(number, by_partition)
+        newest |= renewed
+        waiting.append((number, renewed))
+        if not early:
+            persist_some()
+            ahead = states.load(EVERYBODY)
 
 
 def test_persisted_states_are_not_kept() -> None:
-    disk = SlowDisk()
+    disk, wanted = SlowDisk(), [(0, [b"u"])]
     states = _UnpersistedStates(disk)  # type: ignore[arg-type]
     states.remember(1, {0: [(b"u", b"one")]})
     states.remember(2, {0: [(b"u", b"two")]})
     states.persisted = 1
-    states.forget_persisted()
-    assert states.load(0, [b"u"]) == [b"two"]
+    assert states.newer_than(states.load(wanted)) == ([], [])
+    assert states.load(wanted).rows == [b"two"]
     states.persisted = 2
-    states.forget_persisted()
-    assert states.load(0, [b"u"]) == [None]
+    assert states.newer_than(states.load(wanted)) == ([], [])
+    assert states.load(wanted).rows == [None]
 
 
 class Journal:
@@ -84,6 +98,7 @@ class Journal:
         self.steps: list[str] = []
         self.open: dict[str, asyncio.Future[Any]] = {}
         self.before_the_disk: Callable[[], object] = lambda: None
+        self.before_the_preparation: Callable[[], object] = lambda: None
         self.before_the_computation: Callable[[], object] = lambda: None
         self.before_the_encoding: Callable[[], object] = lambda: None
         self.ends: list[Mapping[int, int]] = []
@@ -126,9 +141,17 @@ class Journal:
             ack=lambda: self.steps.append(f"ack {'+'.join(records)}"),
         )
 
-    def advance(self, batches: Sequence[Sequence[str]], load: Any) -> tuple[Outbox, Any]:
+    def decode(self, batches: Sequence[Sequence[str]]) -> Any:
+        self.before_the_preparation()
+        return SimpleNamespace(records=[record for batch in batches for record in batch], users=[(3, [b"u"])])
+
+    def unpack(self, rows: Sequence[bytes | None]) -> Any:
+        return rows
+
+    def advance(self, arrived: Any, states: Any) -> tuple[Outbox, Any]:
         self.before_the_computation()
-        records = [record for batch in batches for record in batch]
+        assert states == [None]
+        records = arrived.records
         if records == ["poison"]:
             return Outbox(dead_letters={3: [DeadLetter(None, b"letter-poison", [])]}), None
         outbox = Outbox(
@@ -236,7 +259,9 @@ async def test_no_more_is_taken_while_a_full_micro_batch_waits(
     journal.before_the_computation = lambda: computing.wait(5)
     await pipeline[0].put(journal.event("a"))  # is being computed
     await settled()
-    waiting = asyncio.create_task(pipeline[0].put(journal.event("b", "c")))
+    await pipeline[0].put(journal.event("b"))  # is prepared meanwhile
+    await settled()
+    waiting = asyncio.create_task(pipeline[0].put(journal.event("c", "d")))
     await settled()
     assert not waiting.done()
     computing.set()
@@ -263,7 +288,9 @@ def raise_an_error() -> None:
     raise RuntimeError("a bug")
 
 
-@pytest.mark.parametrize("where", ["before_the_computation", "before_the_encoding", "before_the_disk"])
+@pytest.mark.parametrize(
+    "where", ["before_the_preparation", "before_the_computation", "before_the_encoding", "before_the_disk"]
+)
 async def test_an_error_in_a_thread_ends_the_pipeline_and_nothing_is_acknowledged(
     journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]], where: str
 ) -> None:
@@ -276,6 +303,24 @@ async def test_an_error_in_a_thread_ends_the_pipeline_and_nothing_is_acknowledge
     with pytest.raises(RuntimeError, match="a bug"):
         await asyncio.wait_for(asyncio.shield(pipeline[1]), 5)
     assert not [step for step in journal.steps if step.startswith(("disk", "ack"))]
+
+
+async def test_a_micro_batch_is_prepared_while_the_one_before_it_is_computed(
+    journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]]
+) -> None:
+    prepared, both = [], threading.Event()
+
+    def prepare() -> None:
+        prepared.append(None)
+        if len(prepared) == 2:
+            both.set()
+
+    journal.before_the_preparation = prepare
+    journal.before_the_computation = lambda: both.wait(5) or raise_an_error()
+    await pipeline[0].put(journal.event("a"))
+    await until(lambda: len(prepared) == 1)
+    await pipeline[0].put(journal.event("b"))
+    await until(lambda: "recommendations list-b" in journal.open)
 
 
 async def test_a_micro_batch_is_computed_while_the_one_before_it_is_encoded(
@@ -308,20 +353,20 @@ async def test_poison_alone_becomes_a_dead_letter_and_is_acknowledged(
 async def test_a_delivery_learns_where_each_partition_goes_on(
     journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack, computing = AtLeastOnce.pack, threading.Event()
+    pack, preparing = AtLeastOnce.pack, threading.Event()
 
     def noting(self: AtLeastOnce, outbox: Outbox, ends: Mapping[int, int], now_ms: int) -> Any:
         journal.ends.append(ends)
         return pack(self, outbox, ends, now_ms)
 
     monkeypatch.setattr(AtLeastOnce, "pack", noting)
-    journal.before_the_computation = lambda: computing.wait(5)
+    journal.before_the_preparation = lambda: preparing.wait(5)
     await pipeline[0].put(journal.event("a", offset=5))
     await settled()
     await pipeline[0].put(journal.event("b", offset=7))
     waiting = asyncio.create_task(pipeline[0].put(journal.event("c", offset=9)))
     await settled()
-    computing.set()
+    preparing.set()
     await until(lambda: len(journal.ends) == 2)
     assert journal.ends == [{3: 6}, {3: 10}]
     await asyncio.wait_for(waiting, 5)
