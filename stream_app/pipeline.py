@@ -94,9 +94,9 @@ class Pipeline:
         self._arrived_clicks = 0
         self._held: EventT[Any] | None = None  # arrived, but too large for the micro-batch before
         self._taken = asyncio.Event()
-        self._ahead = asyncio.Semaphore()  # one micro-batch is prepared while another is computed
-        self._prepared: asyncio.Queue[tuple[_MicroBatch, _Prepared]] = asyncio.Queue()
-        self._computed: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
+        # One micro-batch is prepared, and waits at the compute thread itself, while another is computed there.
+        self._room = asyncio.Semaphore(2)
+        self._prepared: asyncio.Queue[tuple[_MicroBatch, asyncio.Future[None]]] = asyncio.Queue()
         self._encoded: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
         self._sent: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
         self._logged: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
@@ -125,9 +125,7 @@ class Pipeline:
         """
         try:
             async with asyncio.TaskGroup() as stages:
-                for stage in (
-                    self._prepare, self._compute, self._encode, self._send_outputs, self._send_changelog, self._persist,
-                ):  # fmt: skip
+                for stage in (self._prepare, self._encode, self._send_outputs, self._send_changelog, self._persist):
                     stages.create_task(_for_ever(stage), name=stage.__name__.lstrip("_"))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
@@ -136,13 +134,14 @@ class Pipeline:
                 thread.shutdown(wait=True, cancel_futures=True)
 
     async def _prepare(self) -> None:
-        await self._ahead.acquire()
+        await self._room.acquire()
         events = await self._gather()
         self._number += 1
         batch = _MicroBatch(self._number, events, sum(len(records_of(event)) for event in events), time.monotonic())
         loop = asyncio.get_running_loop()
         prepared = await loop.run_in_executor(self._prepare_thread, self._decode_and_load, events)
-        self._prepared.put_nowait((batch, prepared))
+        computed = loop.run_in_executor(self._compute_thread, self._advance, batch, prepared)
+        self._prepared.put_nowait((batch, computed))
 
     def _decode_and_load(self, events: Sequence[EventT[Any]]) -> _Prepared:
         arrived = self._batcher.decode([records_of(event) for event in events])
@@ -177,13 +176,6 @@ class Pipeline:
         except TimeoutError:
             return None
 
-    async def _compute(self) -> None:
-        batch, prepared = await self._prepared.get()
-        self._ahead.release()
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._compute_thread, self._advance, batch, prepared)
-        await self._computed.put(batch)
-
     def _advance(self, batch: _MicroBatch, prepared: _Prepared) -> None:
         arrived, loaded, states = prepared
         places, newer = self._unpersisted.newer_than(loaded)
@@ -193,7 +185,9 @@ class Pipeline:
         self._unpersisted.remember(batch.number, batch.outbox.states)
 
     async def _encode(self) -> None:
-        batch = await self._computed.get()
+        batch, computed = await self._prepared.get()
+        await computed
+        self._room.release()
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._encode_thread, self._pack, batch)
         await self._encoded.put(batch)
