@@ -39,8 +39,8 @@ from stream_app.errors import WorkerError, namesake
 from stream_app.logs import warn_of_deleted_clicks
 from stream_app.messages import Record
 
-#: Clicks that may be on their way through the worker, at least; for large micro-batches three of them: one is computed,
-#: one encoded, one written.
+#: Clicks that may be on their way through the worker, at least; for large micro-batches four of them: one is prepared,
+#: one computed, one encoded, one written.
 _LEAST_ROOM = 16_384
 
 #: Bytes of records that may be on their way. Clicks come nowhere near it; records of a megabyte are no clicks, but
@@ -234,7 +234,7 @@ class RecordBatchConsumer(driver.Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         #: A poll brings no more clicks while this many are delivered and not yet acknowledged.
-        self.max_unacknowledged = max(_LEAST_ROOM, 3 * (self.app.conf.broker_max_poll_records or 0))
+        self.max_unacknowledged = max(_LEAST_ROOM, 4 * (self.app.conf.broker_max_poll_records or 0))
         #: Nor while these have that many bytes.
         self.max_unacknowledged_bytes = _MOST_BYTES
         self._polling = asyncio.Lock()

@@ -540,9 +540,9 @@ async def test_a_poll_does_not_wait_out_a_rebalance(
                 assert await thread._fetch_records(client, {TopicPartition(topic, 0)}, timeout=0.1) == {}
 
 
-async def test_there_is_room_for_three_of_the_largest_micro_batches() -> None:
+async def test_there_is_room_for_four_of_the_largest_micro_batches() -> None:
     with a_consumer(broker_max_poll_records=50_000) as consumer:
-        assert consumer.max_unacknowledged == 150_000
+        assert consumer.max_unacknowledged == 200_000
 
 
 async def test_the_offset_to_commit_is_one_past_the_last_acknowledged_batch(consumer: Consumer) -> None:
