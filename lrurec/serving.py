@@ -103,16 +103,17 @@ class CompiledEngine:
     ) -> tuple[UserStates, Ranking]:
         """See `Engine.advance`. Larger batches than `max_batch` are cut."""
         states = states.copy()
-        hidden = self._widened(states)
+        hidden, counts_by_user = self._widened(states), states["clicks"].copy()
         ranking = empty_ranking(len(ranked), self._top_k)
         for start in range(0, len(clicks.user), self._rows):
             part = slice(start, start + self._rows)
             first, last = np.searchsorted(ranked, (start, start + self._rows))
-            counts = self._step(clicks.user[part], clicks.item[part], states, hidden)
+            counts = self._step(clicks.user[part], clicks.item[part], states, hidden, counts_by_user)
             wanted = ranked[first:last] - start
             self._rank(wanted, ranking.items[first:last], ranking.scores[first:last])
             ranking.clicks[first:last] = counts[wanted]
         self._store(hidden, states)
+        states["clicks"] = counts_by_user
         # Assignment in order: a user's last click wins.
         states["source_offset"][clicks.user] = clicks.source_offset
         states["timestamp_ms"][clicks.user] = clicks.timestamp_ms
@@ -132,13 +133,18 @@ class CompiledEngine:
             states["hidden"] = hidden.reshape(states["hidden"].shape)
 
     def _step(
-        self, user: np.ndarray, item: np.ndarray, states: UserStates, hidden: Float32[np.ndarray, "u n"]
+        self,
+        user: np.ndarray,
+        item: np.ndarray,
+        states: UserStates,
+        hidden: Float32[np.ndarray, "u n"],
+        counts_by_user: np.ndarray,
     ) -> np.ndarray:
         rows = -(-len(user) // kernels.TILE) * kernels.TILE
         counts = np.empty(len(user), np.int64)
         kernels.advance(
             user, item, self._weights, hidden.reshape(states["hidden"].shape), self._half,
-            _columns_of(states, np.int32), self.layout.place_of("recent_items") // 4, states["clicks"],
+            _columns_of(states, np.int32), self.layout.place_of("recent_items") // 4, counts_by_user,
             self._encodings[:rows], self._wide[:rows], self._seen, counts,
         )  # fmt: skip
         return counts

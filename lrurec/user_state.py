@@ -86,7 +86,7 @@ class StateLayout:
         )
 
     def place_of(self, field: str) -> int:
-        """The byte at which a field begins in a row; a multiple of four, as a row's length is."""
+        """The byte at which a field begins in a row: in those of numbers, and in a row's length, a multiple of four."""
         return int(self.dtype.fields[field][1]) if self.dtype.fields else 0
 
     @cached_property

@@ -14,15 +14,14 @@ def not_applied_yet(user, offset, applied):
     Args:
         user: (n,) int32, of each click.
         offset: (n,) int64, of each click.
-        applied: (u,) int64, last applied offset of each user.
+        applied: (u,) int64, last applied offset of each user; overwritten.
 
     """
-    highest = applied.copy()
     fresh = np.empty(len(user), np.int64)
     count = 0
     for click in range(len(user)):
-        if offset[click] > highest[user[click]]:
-            highest[user[click]] = offset[click]
+        if offset[click] > applied[user[click]]:
+            applied[user[click]] = offset[click]
             fresh[count] = click
             count += 1
     return fresh[:count]

@@ -88,6 +88,11 @@ class MicroBatcher:
     limits: ClickLimits
     only_latest: bool = False
 
+    def __post_init__(self) -> None:
+        """Compile the fence, or load what was compiled before, now rather than at the first click."""
+        none = np.empty(0, np.int64)
+        not_applied_yet(none.astype(np.int32), none, none)
+
     def decode(self, batches: Iterable[Sequence[Record]]) -> Arrived:
         """What these records hold; each batch has one partition's, in log order."""
         outbox, parts = Outbox(), list[_Part]()
@@ -122,7 +127,7 @@ class MicroBatcher:
         outbox, parts, clicks = arrived
         if not parts:
             return outbox, None
-        fresh = not_applied_yet(clicks.user, clicks.source_offset, states["source_offset"])
+        fresh = not_applied_yet(clicks.user, clicks.source_offset, states["source_offset"].copy())
         new = Clicks(*(column[fresh] for column in clicks))
         ranked = _last_of_each_user(new.user) if self.only_latest else np.arange(len(fresh))
         after, ranking = self.engine.advance(states, new, ranked)

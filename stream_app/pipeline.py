@@ -242,6 +242,8 @@ class _UnpersistedStates:
 
     A micro-batch's states are loaded while the one before it is computed: what that one and those in flight change is
     taken from here when its own turn comes. So nothing is forgotten that RocksDB did not hold yet when it was asked.
+    What it did hold then counts no more here, forgotten or not: another worker may have had the partition since, and a
+    recovery has written to RocksDB what that one made of it.
 
     `load` is the prepare thread's, `newer_than` and `remember` the compute thread's; `persisted` is advanced by the
     last stage.
@@ -250,47 +252,52 @@ class _UnpersistedStates:
     def __init__(self, store: UserStateStore) -> None:
         self.persisted = 0
         self._store = store
-        self._newest: dict[int, dict[bytes, bytes]] = {}
+        self._newest: dict[int, dict[bytes, tuple[int, bytes]]] = {}  # partition → key → micro-batch and state
         self._batches: deque[tuple[int, dict[int, list[KeyValue]]]] = deque()
 
     def load(self, users: Sequence[tuple[int, Sequence[bytes]]]) -> _Loaded:
         """The newest state of each user so far."""
         persisted = self.persisted  # before RocksDB is asked
-        return _Loaded(users, [row for partition, keys in users for row in self._load(partition, keys)], persisted)
+        rows = [row for partition, keys in users for row in self._load(partition, keys, persisted)]
+        return _Loaded(users, rows, persisted)
 
-    def _load(self, partition: int, keys: Sequence[bytes]) -> Iterable[bytes | None]:
-        newest = list(map(self._newest.get(partition, {}).get, keys))
+    def _load(self, partition: int, keys: Sequence[bytes], persisted: int) -> Iterable[bytes | None]:
+        known = map(self._newest.get(partition, {}).get, keys)
+        newest = [None if state is None or state[0] <= persisted else state[1] for state in known]
         missing = [key for key, found in zip(keys, newest, strict=True) if found is None]
         stored = iter(self._store.load(partition, missing) if missing else ())
         return (next(stored) if found is None else found for found in newest)
 
-    def newer_than(self, loaded: _Loaded) -> tuple[list[int], list[bytes | None]]:
+    def newer_than(self, loaded: _Loaded) -> tuple[list[int], list[bytes]]:
         """Places and rows of the states that were computed since they were loaded.
 
-        Forgets what RocksDB had before that: later micro-batches are loaded later.
+        Forgets, first, what RocksDB had before that: later micro-batches are loaded later.
         """
         self._forget(loaded.persisted)
-        newest: list[bytes | None] = []
+        newest: list[tuple[int, bytes] | None] = []
         for partition, keys in loaded.users:
-            before = loaded.rows[len(newest) : len(newest) + len(keys)]
-            newest += map(self._newest.get(partition, {}).get, keys, before)
-        places = [place for place, row in enumerate(newest) if row is not loaded.rows[place]]
-        return places, [newest[place] for place in places]
+            newest += map(self._newest.get(partition, {}).get, keys)
+        found = [
+            (place, state[1])
+            for place, state in enumerate(newest)
+            if state is not None and state[1] is not loaded.rows[place]
+        ]
+        return [place for place, _ in found], [row for _, row in found]
 
     def remember(self, number: int, states: dict[int, list[KeyValue]]) -> None:
         """Keep a micro-batch's states until it is persisted."""
         for partition, rows in states.items():
-            self._newest.setdefault(partition, {}).update(rows)
+            self._newest.setdefault(partition, {}).update((key, (number, state)) for key, state in rows)
         self._batches.append((number, states))
 
     def _forget(self, persisted: int) -> None:
         """Drop the states up to a micro-batch, unless a later one has renewed them."""
         while self._batches and self._batches[0][0] <= persisted:
-            _, states = self._batches.popleft()
+            number, states = self._batches.popleft()
             for partition, rows in states.items():
                 newest = self._newest[partition]
-                for key, state in rows:
-                    if newest.get(key) is state:
+                for key, _ in rows:
+                    if newest[key][0] == number:
                         del newest[key]
 
 

@@ -56,6 +56,17 @@ _UNUSABLE = re.compile(
     "No space left|quota exceeded|File too large|Read-only file system|Permission denied|Too many open files"
 )
 
+# What it says where a write would have to wait for flushes or compactions.
+_STALLED = "Write stall"
+
+#: Between two tries of such a write, between two looks at whether the disk is full, and until the worker is ended.
+_STALL_PAUSE_SECONDS = 0.005
+_STALL_LOOK_SECONDS = 1.0
+_STALL_SECONDS = 60.0
+
+#: What a disk has to take for RocksDB to go on.
+_PROBE_BYTES = 4 << 20
+
 _OFFSET = struct.Struct("<q")
 
 #: What a database holds in memory before it is flushed: what a kill leaves to be restored, too.
@@ -326,17 +337,21 @@ class UserStateStore(SerializedStore):
             raise StateError(f"partition {partition} of {self.table_name} is not assigned to this worker") from None
 
     def _write(self, partition: int, rows: Iterable[Row], offset: int, overtaken: frozenset[bytes]) -> None:
-        batch = rocksdict.WriteBatch(raw_mode=True)
-        for key, state in rows:
-            batch.put(key, state)
-        batch.put(_CHANGELOG_OFFSET, _OFFSET.pack(offset))
-        before = self._overtaken.get(partition, frozenset())
-        for key in overtaken - before:
-            batch.put(_OVERTAKEN + key, b"")
-        for key in before - overtaken:
-            batch.delete(_OVERTAKEN + key)
+        rows, before = list(rows), self._overtaken.get(partition, frozenset())
+
+        def batch() -> rocksdict.WriteBatch:
+            made = rocksdict.WriteBatch(raw_mode=True)
+            for key, state in rows:
+                made.put(key, state)
+            made.put(_CHANGELOG_OFFSET, _OFFSET.pack(offset))
+            for key in overtaken - before:
+                made.put(_OVERTAKEN + key, b"")
+            for key in before - overtaken:
+                made.delete(_OVERTAKEN + key)
+            return made
+
         with self._disk_errors_explained(partition):
-            self._database(partition).write(batch)
+            _write_in_time(self._database(partition), self._folder() / str(partition), batch)
         self._held[partition] = offset
         self._overtaken[partition] = overtaken
 
@@ -350,11 +365,13 @@ class UserStateStore(SerializedStore):
             self._overtaken[partition] = _overtaken_in(database)
             self._held[partition] = _offset_in(database)
             if is_of_layout and is_of_changelog:
-                self._label(database)  # may be what finds it damaged: nothing is written to a database that is
-        except Exception as error:  # noqa: BLE001  (rocksdict raises bare Exception for every damage)
+                self._label(database, path)  # may be what finds it damaged: nothing is written to one that is
+        except Exception as error:
             if database is not None:
                 with suppress(Exception):  # one that is damaged may say so once more
                     database.close()
+            if isinstance(error, StateError):
+                raise
             if _IN_USE.search(str(error)):
                 raise StateError(
                     f"the state folder {path} is in use by another worker; give each its own STREAM_APP_STATE_DIR"
@@ -375,17 +392,23 @@ class UserStateStore(SerializedStore):
         return database
 
     def _close(self, partition: int) -> None:
+        database = self._databases.pop(partition)  # first: who reads on is told that it isn't assigned
         self._overtaken.pop(partition, None)
         self._held.pop(partition, None)
         self._following.pop(partition, None)
         try:
-            self._databases.pop(partition).close()
+            database.close()
         except Exception as error:  # noqa: BLE001  (what a bad disk did not take is in the changelog)
             logger.warning("closing local state failed", extra={"data": {"partition": partition, "reason": str(error)}})
 
-    def _label(self, database: rocksdict.Rdict) -> None:
-        database[_LAYOUT] = self._identity
-        database[_CHANGELOG_ID] = self._changelog_id
+    def _label(self, database: rocksdict.Rdict, path: Path) -> None:
+        def batch() -> rocksdict.WriteBatch:
+            made = rocksdict.WriteBatch(raw_mode=True)
+            made.put(_LAYOUT, self._identity)
+            made.put(_CHANGELOG_ID, self._changelog_id)
+            return made
+
+        _write_in_time(database, path, batch)
 
     @contextmanager
     def _disk_errors_explained(self, partition: int) -> Iterator[None]:
@@ -412,7 +435,7 @@ class UserStateStore(SerializedStore):
         try:
             aside = _set_aside(path)
             database = open_database(path, self._cache)
-            self._label(database)
+            self._label(database, path)
             self._overtaken[partition] = frozenset()
             self._held[partition] = None
         except Exception as error:  # noqa: BLE001
@@ -461,10 +484,13 @@ class UserStateTable(Table):
 
 def open_database(path: Path, cache: rocksdict.Cache) -> rocksdict.Rdict:
     """The database of one partition; the block cache is that of all of them. Raises what rocksdict does."""
-    database = rocksdict.Rdict(str(path), options=_options(cache))
-    unlogged: Any = rocksdict.WriteOptions()  # its stub takes the property for a method
-    unlogged.disable_wal = True
-    database.set_write_options(unlogged)
+    options = _options(cache)
+    # Without the second, rocksdict would take those that the database was written with before.
+    database = rocksdict.Rdict(str(path), options=options, column_families={"default": options})
+    writes: Any = rocksdict.WriteOptions()  # its stub takes a property for a method
+    writes.disable_wal = True
+    writes.no_slowdown = True  # it would wait with the interpreter's lock
+    database.set_write_options(writes)
     return database
 
 
@@ -492,6 +518,50 @@ def _set_aside(path: Path) -> Path:
     for older in before:
         shutil.rmtree(older, ignore_errors=True)
     return aside
+
+
+def _write_in_time(database: rocksdict.Rdict, path: Path, batch: Callable[[], rocksdict.WriteBatch]) -> None:
+    """Write a batch, which is made anew for each try, though RocksDB would have to wait for its disk.
+
+    It would wait with the interpreter's lock, so that the whole worker stands still, and for ever where the disk is
+    full.
+
+    Raises:
+        StateError: the disk takes nothing any more, or is too slow.
+        Exception: what rocksdict raises.
+    """
+    began = looked = time.monotonic()
+    while True:
+        try:
+            database.write(batch())
+        except Exception as error:
+            if _STALLED not in str(error):
+                raise
+        else:
+            return
+        now = time.monotonic()
+        if now > began + _STALL_SECONDS:
+            raise _unusable(path, f"RocksDB has waited for it for {_STALL_SECONDS:g} seconds")
+        if now > looked + _STALL_LOOK_SECONDS:
+            _probe(path)
+            looked = now
+        time.sleep(_STALL_PAUSE_SECONDS)
+
+
+def _probe(folder: Path) -> None:
+    """Write to a folder what RocksDB may need to go on, and remove it.
+
+    Raises:
+        StateError: that can't be done.
+    """
+    probe = folder / "probe"
+    try:
+        probe.write_bytes(bytes(_PROBE_BYTES))
+    except OSError as error:
+        raise _unusable(folder, str(error)) from None
+    finally:
+        with suppress(OSError):
+            probe.unlink()
 
 
 def _unusable(path: Path, error: Exception | str) -> StateError:
@@ -533,7 +603,7 @@ def restore_rows(
     """
     newest: dict[bytes, bytes] = {}
     behind = set(overtaken)
-    place = layout.dtype.fields["source_offset"][1] if layout.dtype.fields else 0
+    place = layout.place_of("source_offset")
 
     def offset_of(state: bytes) -> int:
         return int(_OFFSET.unpack_from(state, place)[0])

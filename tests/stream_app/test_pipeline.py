@@ -5,20 +5,32 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import orjson
 import pytest
 from aiokafka.errors import KafkaError
+from aiokafka.structs import ConsumerRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lrurec.bundle import Bundle, make_bundle
+from lrurec.catalogue import Catalogue
+from lrurec.config import LRURecConfig
+from lrurec.engine import Clicks
+from lrurec.model import LRURec
+from lrurec.serving import CompiledEngine, state_layout
 from stream_app.delivery import AtLeastOnce, Topics
 from stream_app.errors import WorkerError
-from stream_app.messages import DeadLetter
+from stream_app.messages import ClickLimits, DeadLetter
 from stream_app.metrics import Metrics
-from stream_app.micro_batch import KeyValue, Outbox
+from stream_app.micro_batch import KeyValue, MicroBatcher, Outbox
 from stream_app.pipeline import Pipeline, _UnpersistedStates
+from stream_app.recommendations import RecommendationEncoder
+from tests.stream_app.test_state_table import assign, changelog_event, make_store, restore
 
 PARTITIONS, USERS = 2, 3
 
@@ -54,6 +66,11 @@ def test_a_computation_has_the_newest_state_however_early_it_was_loaded_and_howe
             if data.draw(st.booleans()):  # else it is noted later
                 states.persisted = done
 
+    def lend_the_partitions(number: int) -> None:
+        """Others have them for a while, which they get only once all is persisted."""
+        disk.rows |= dict.fromkeys(newest, b"by others before %d" % number)
+        newest.update(disk.rows)
+
     ahead = states.load(EVERYBODY)
     for number, touched in enumerate(batches, start=1):
         loaded, early = ahead, data.draw(st.booleans())
@@ -75,6 +92,8 @@ def test_a_computation_has_the_newest_state_however_early_it_was_loaded_and_howe
         waiting.append((number, renewed))
         if not early:
             persist_some()
+            if not waiting and states.persisted == number and data.draw(st.booleans()):
+                lend_the_partitions(number)
             ahead = states.load(EVERYBODY)
 
 
@@ -384,3 +403,104 @@ async def test_a_micro_batch_holds_as_many_events_as_fit(
     await until(lambda: any(step.startswith("changelog") for step in journal.steps))
     changelog = next(step for step in journal.steps if step.startswith("changelog"))
     assert changelog in {"changelog state-a", "changelog state-b+state-c+state-d"}
+
+
+# -- with real states, a real store, and a log that acknowledges at once
+
+
+class Log:
+    """A changelog that takes everything, and a disk that may be kept waiting."""
+
+    end_markers = 0
+
+    def __init__(self) -> None:
+        self.rows: list[KeyValue] = []
+        self.may_write = asyncio.Event()
+        self.may_write.set()
+
+    def pack(self, outbox: Outbox, ends: Mapping[int, int], now_ms: int) -> Outbox:
+        return outbox
+
+    async def send_outputs(self, parcel: Outbox) -> None:
+        pass
+
+    async def send_states(self, parcel: Outbox) -> None:
+        pass
+
+    async def appended(self, parcel: Outbox) -> dict[int, range]:
+        await self.may_write.wait()
+        found = {}
+        for partition, rows in parcel.states.items():
+            found[partition] = range(len(self.rows), len(self.rows) + len(rows))
+            self.rows += rows
+        return found
+
+
+class Shop:
+    """One user's clicks, one micro-batch each."""
+
+    def __init__(self, bundle: Bundle, folder: Path) -> None:
+        self.layout = state_layout(bundle, "float16", 5)
+        self.engine = CompiledEngine(bundle, self.layout, top_k=3, exclude_seen=True)
+        ids = ["", *bundle.catalogue.item_ids]
+        rows = {item_id: row for row, item_id in enumerate(ids) if row}
+        encoder = RecommendationEncoder(ids, bundle.version, "clicks")
+        batcher = MicroBatcher(self.engine, rows, encoder, ClickLimits(1_000, 1_000))
+        self.ids, self.log, self.acknowledged = ids, Log(), list[int]()
+        self.store = make_store(folder, layout=self.layout)
+        log: Any = self.log
+        self.pipeline = Pipeline(batcher, self.store, log, Metrics(), max_batch=1, max_wait_seconds=0)
+
+    async def click(self, offset: int) -> None:
+        value = orjson.dumps({"user_id": "u", "item_id": self.ids[1 + offset], "timestamp_ms": offset})
+        record: Any = ConsumerRecord("clicks", 0, offset, 0, 0, b"u", value, None, -1, -1, ())
+        message = SimpleNamespace(partition=0, offset=offset, value=[record])
+        event: Any = SimpleNamespace(message=message, ack=lambda: self.acknowledged.append(offset))
+        await self.pipeline.put(event)
+
+    def state(self) -> Any:
+        return self.layout.unpack(self.store.load(0, [b"u"]))[0]
+
+    def after(self, offsets: Sequence[int]) -> Any:
+        """The state that clicks at these offsets give, computed at once."""
+        places = np.array(offsets)
+        none = np.zeros(len(places), np.int64)
+        clicks = Clicks(none.astype(np.int32), (1 + places).astype(np.int32), places, places)
+        return self.engine.advance(self.layout.unpack([None]), clicks, none[:0])[0][0]
+
+
+@pytest.fixture
+async def shop(tmp_path: Path) -> AsyncIterator[Shop]:
+    model = LRURec(LRURecConfig(num_items=12, hidden_units=8, num_blocks=2))
+    catalogue = Catalogue(f"i{row}" for row in range(1, 13))
+    shop = Shop(make_bundle(model.config, model.state_dict(), catalogue), tmp_path)
+    await assign(shop.store, 0)
+    running = asyncio.create_task(shop.pipeline.run())
+    yield shop
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await shop.store.stop()
+
+
+async def test_a_users_next_click_finds_his_state_wherever_the_one_before_is_on_its_way(shop: Shop) -> None:
+    shop.log.may_write.clear()
+    for offset in range(4):
+        await shop.click(offset)
+    await settled()
+    shop.log.may_write.set()
+    for offset in range(4, 12):
+        await shop.click(offset)
+    await until(lambda: len(shop.acknowledged) == 12)
+    assert shop.state().tobytes() == shop.after(range(12)).tobytes()
+
+
+async def test_a_partition_that_comes_back_goes_on_from_what_its_other_owner_made_of_it(shop: Shop) -> None:
+    await shop.click(0)
+    await until(lambda: shop.acknowledged == [0])
+    await assign(shop.store)  # away
+    shop.log.rows.append((b"u", shop.after(range(2)).tobytes()))
+    await assign(shop.store, 0)
+    restore(shop.store, changelog_event(shop.store, shop.log.rows[1:], 1))
+    await shop.click(2)
+    await until(lambda: shop.acknowledged == [0, 2])
+    assert shop.state().tobytes() == shop.after(range(3)).tobytes()

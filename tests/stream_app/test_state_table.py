@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -217,7 +218,7 @@ def test_a_list_of_files_that_is_cut_off_anywhere_leaves_the_states_up_to_some_o
             write_and_be_killed(copy, following(offset), following(offset) + 900)
             states, last = after_the_kill(copy)
             assert states == prefix(last)
-            assert last is None or last > following(offset)  # begun anew, if it proved damaged
+            assert following(last) > following(offset)
         offsets.add(offset)
         shutil.rmtree(copy)
     assert len(offsets) > 2 or writes > 120  # what came before a compaction is gone
@@ -365,6 +366,23 @@ async def test_a_folder_filled_when_kafka_gave_no_ids_is_taken_for_this_changelo
         await assign(make_store(tmp_path, changelog_id=bytes(range(16, 32))), 0)
 
 
+async def test_a_database_that_is_opened_again_has_the_settings_of_today(tmp_path):
+    """rocksdict would take those that it was written with, and a small cache of its own."""
+    store = await assign_in(tmp_path)
+    store.persist(0, prefix(10).items(), 10)
+    await store.stop()
+    with small_write_buffers():
+        again = await assign_in(tmp_path)
+        database = again._databases[0]
+        assert database.property_value("rocksdb.block-cache-capacity") == str(CACHE_BYTES)
+        for number in range(11, 300):
+            again.persist(0, written(number), number)
+        database.flush()
+        assert len(database.live_files()) > 2, "it is written out by the small buffers"
+        assert again._cache.get_usage() > 0
+        await again.stop()
+
+
 # -- damage
 
 
@@ -440,10 +458,10 @@ async def test_a_database_that_is_found_damaged_as_it_is_labelled_is_begun_anew(
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     label, refusals = UserStateStore._label, [Exception("Corruption: block checksum mismatch")]
 
-    def refused_once(store, database):
+    def refused_once(store, database, path):
         if refusals:
             raise refusals.pop()
-        label(store, database)
+        label(store, database, path)
 
     monkeypatch.setattr(UserStateStore, "_label", refused_once)
     store = await assign_in(tmp_path)
@@ -604,6 +622,64 @@ async def test_files_that_may_not_grow_are_a_full_disk(tmp_path, database):
         with largest_file(size), pytest.raises(StateError, match=r"File too large.*: see to its disk and start"):
             await write_until_it_is_refused(tmp_path)
         await assert_whole_and_in_place(tmp_path, database)
+
+
+async def test_writes_that_have_to_wait_for_the_disk_leave_the_interpreter_to_others_and_are_all_there(
+    tmp_path, monkeypatch
+):
+    waits, sleep = [], time.sleep
+
+    def noting(seconds):
+        waits.append(seconds)
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", noting)
+    with small_write_buffers():
+        store = await assign_in(tmp_path)
+        for number in range(30):
+            store.persist(0, [(b"%d-%d" % (number, user), random.randbytes(1_000)) for user in range(200)], number)
+        assert waits, "RocksDB's own waiting would hold the interpreter's lock"
+        assert len(read_all(store)[0]) == 6_000
+        await store.stop()
+
+
+class StalledDatabase:
+    """RocksDB where no flush comes to an end."""
+
+    def write(self, batch):
+        raise Exception("Result incomplete: Write stall")
+
+
+async def test_a_write_that_waits_for_a_full_disk_ends_with_a_line(disk, monkeypatch):
+    if not disk.is_real:
+        pytest.skip("this machine lets nobody but root mount a disk")
+    monkeypatch.setattr(state_table, "_STALL_LOOK_SECONDS", 0.05)
+    await disk.fill(0)
+    with pytest.raises(StateError, match=r"can't be used \(.*No space left.*: see to its disk"):
+        state_table._write_in_time(StalledDatabase(), disk.folder, bytes)
+    assert list(disk.folder.iterdir()) == []
+
+
+async def test_a_write_does_not_wait_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(state_table, "_STALL_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(state_table, "_STALL_SECONDS", 0.2)
+    with pytest.raises(StateError, match=r"RocksDB has waited for it for 0\.2 seconds\): see to its disk"):
+        state_table._write_in_time(StalledDatabase(), tmp_path, bytes)
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_database_that_has_to_wait_as_it_is_opened_is_not_set_aside(whole, tmp_path, database, monkeypatch):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+
+    def waits_for_ever(store, database, path):
+        raise StateError("RocksDB has waited")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UserStateStore, "_label", waits_for_ever)
+        with pytest.raises(StateError, match="RocksDB has waited"):
+            await assign_in(tmp_path)
+    assert [path.name for path in database.parent.iterdir()] == [database.name]
+    assert await after_a_restart(tmp_path) == (STATES, 7)
 
 
 # -- recovery
