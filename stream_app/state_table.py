@@ -240,8 +240,7 @@ class UserStateStore(SerializedStore):
     ) -> None:
         """Close the databases of partitions that left, open those that came, be it to write to them or to follow."""
         held = {tp.partition for tp in assigned if tp.topic in self.table.changelog_topic.topics}
-        for partition in self._databases.keys() - held:
-            await asyncio.to_thread(self._close, partition)
+        await self._close_all(self._databases.keys() - held)
         self._standbys = held & {tp.partition for tp in self.app.assignor.assigned_standbys()}
         await self._take_over(held - self._standbys)
         for partition in held - self._databases.keys():
@@ -275,8 +274,7 @@ class UserStateStore(SerializedStore):
     async def stop(self) -> None:
         """Close every database."""
         await super().stop()
-        for partition in list(self._databases):
-            self._close(partition)
+        await self._close_all(self._databases.keys())
 
     # -- reading by hand, as a mapping
 
@@ -390,6 +388,10 @@ class UserStateStore(SerializedStore):
                 "begins with new states"
             )
         return database
+
+    async def _close_all(self, partitions: Collection[int]) -> None:
+        """All at once: each is flushed, and waits for the disk to have it."""
+        await asyncio.gather(*(asyncio.to_thread(self._close, partition) for partition in partitions))
 
     def _close(self, partition: int) -> None:
         database = self._databases.pop(partition)  # first: who reads on is told that it isn't assigned
