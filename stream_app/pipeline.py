@@ -44,7 +44,6 @@ class _MicroBatch:
 
     number: int
     events: list[EventT[Any]]
-    clicks: int
     started: float
     outbox: Outbox = field(default_factory=Outbox)
     answers: Answers | None = None
@@ -137,7 +136,7 @@ class Pipeline:
         await self._room.acquire()
         events = await self._gather()
         self._number += 1
-        batch = _MicroBatch(self._number, events, sum(len(records_of(event)) for event in events), time.monotonic())
+        batch = _MicroBatch(self._number, events, time.monotonic())
         loop = asyncio.get_running_loop()
         prepared = await loop.run_in_executor(self._prepare_thread, self._decode_and_load, events)
         computed = loop.run_in_executor(self._compute_thread, self._advance, batch, prepared)
