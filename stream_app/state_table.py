@@ -72,6 +72,9 @@ _OFFSET = struct.Struct("<q")
 #: What a database holds in memory before it is flushed: what a kill leaves to be restored, too.
 WRITE_BUFFER_BYTES = 16 << 20
 
+#: Of a write buffer, for each bucket of its hash table: about a state.
+_BYTES_PER_BUCKET = 1 << 10
+
 #: A key and the packed state to store under it.
 Row = tuple[bytes, bytes]
 
@@ -287,7 +290,7 @@ class UserStateStore(SerializedStore):
 
     def _iteritems(self) -> Iterator[tuple[bytes, bytes]]:
         for database in self._databases.values():
-            for key, value in cast("Iterable[tuple[bytes, bytes]]", database.items()):
+            for key, value in cast("Iterable[tuple[bytes, bytes]]", database.items(read_opt=_in_order())):
                 if not key.startswith(_RESERVED):
                     yield key, value
 
@@ -505,10 +508,22 @@ def _options(cache: rocksdict.Cache) -> rocksdict.Options:
     options.set_block_based_table_factory(blocks)
     options.set_write_buffer_size(WRITE_BUFFER_BYTES)
     options.set_max_write_buffer_number(3)
+    # A hash table, not RocksDB's sorted list: each click asks for one key and writes one, and never for a neighbour.
+    memtables: Any = rocksdict.MemtableFactory  # its stub takes a static method for another
+    options.set_memtable_factory(memtables.hash_link_list(WRITE_BUFFER_BYTES // _BYTES_PER_BUCKET))
+    options.set_prefix_extractor(rocksdict.SliceTransform.create_noop())  # what is hashed: the key, all of it
+    options.set_allow_concurrent_memtable_write(False)  # the table does not take that, and there is one writer
     options.set_max_background_jobs(2)
     # A hidden state does not compress, and what else is in a row is not worth the time.
     options.set_compression_type(rocksdict.DBCompressionType.none())
     options.set_keep_log_file_num(2)
+    return options
+
+
+def _in_order() -> rocksdict.ReadOptions:
+    """How to iterate: from key to key, and not just within one bucket of the hash table."""
+    options = rocksdict.ReadOptions()
+    options.set_total_order_seek(True)
     return options
 
 
@@ -579,7 +594,7 @@ def _offset_in(database: rocksdict.Rdict) -> int | None:
 
 
 def _overtaken_in(database: rocksdict.Rdict) -> frozenset[bytes]:
-    after = cast("Iterable[bytes]", database.keys(from_key=_OVERTAKEN))
+    after = cast("Iterable[bytes]", database.keys(from_key=_OVERTAKEN, read_opt=_in_order()))
     keys = itertools.takewhile(lambda key: key.startswith(_OVERTAKEN), after)
     return frozenset(key.removeprefix(_OVERTAKEN) for key in keys)
 
