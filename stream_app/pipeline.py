@@ -29,10 +29,13 @@ from lrurec.user_state import UserStates
 from stream_app.delivery import Delivery
 from stream_app.metrics import Metrics
 from stream_app.micro_batch import Answers, Arrived, KeyValue, MicroBatcher, Outbox
-from stream_app.record_batches import records_of
+from stream_app.record_batches import more_follow, records_of
 from stream_app.state_table import UserStateStore
 
 log = structlog.get_logger(__name__)
+
+#: For the rest of what one poll brought, which Faust hands over a partition at a time; a rebalance may drop it.
+_REST_SECONDS = 0.02
 
 #: Micro-batches waiting before each stage. Two hide Kafka's round trip; more only adds latency and memory.
 DEPTH = 2
@@ -148,13 +151,14 @@ class Pipeline:
         return _Prepared(arrived, loaded, self._batcher.unpack(loaded.rows))
 
     async def _gather(self) -> list[EventT[Any]]:
-        """What has arrived on all partitions since the last time: one event, or as many as fit."""
+        """What has arrived on all partitions since the last time, polls whole: one event, or as many as fit."""
         events = [self._held or await self._arrived.get()]
         self._held = None
         clicks = len(records_of(events[0]))
         deadline = time.monotonic() + self._max_wait_seconds
         while clicks < self._max_batch:
-            event = await self._next_event(deadline)
+            rest = time.monotonic() + _REST_SECONDS if more_follow(events[-1]) else 0.0
+            event = await self._next_event(max(deadline, rest))
             if event is None:
                 break
             if clicks + len(records_of(event)) > self._max_batch:

@@ -48,8 +48,8 @@ _LEAST_ROOM = 16_384
 _MOST_BYTES = 64 << 20
 
 
-#: Between two fetches from a broker, at least and at most: as long as a batch is under way. What comes meanwhile is
-#: fetched, computed and written together, which every batch of every partition has a price for. On a quiet topic
+#: Between two fetches from a broker, at least and at most: half as long as a batch is under way. What comes meanwhile
+#: is fetched, computed and written together, which every batch of every partition has a price for. On a quiet topic
 #: nothing waits, since a fetch is at the broker by then; nor where more lies in the log than a poll takes.
 _FETCH_SECONDS = (0.005, 0.05)
 
@@ -84,6 +84,14 @@ class RecordBatchSchema(Schema):
             return app.create_event(None, message.value, message.headers, message)
 
         return decode
+
+
+class PolledRecords(list[Any]):
+    """A partition's records, and whether those of another partition follow that the same poll brought."""
+
+    def __init__(self, records: Iterable[Any], *, more: bool) -> None:
+        super().__init__(records)
+        self.more = more
 
 
 class ChangelogRecords(list[Any]):
@@ -275,17 +283,21 @@ class RecordBatchConsumer(driver.Consumer):
         if polled and not self.flow_active:
             await self.perform_seek()
             return
-        for tp, records in polled.items():
+        brought = {tp: records for tp, records in polled.items() if tp in active}
+        sources = [tp for tp in brought if not self._is_changelog_tp(tp)]
+        for tp, records in brought.items():
             if not self.flow_active:
                 return
-            if tp in active:
-                self._note_gap(tp, records)
-                self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
-                yield tp, self._batch(tp, records, before, positions)
+            self._note_gap(tp, records)
+            self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
+            if self._is_changelog_tp(tp):
+                yield tp, self._changelog_batch(tp, records, before, positions)
+            else:
+                yield tp, self._batch(tp, PolledRecords(records, more=tp != sources[-1]))
         for tp in active - polled.keys():
             moved = not polled or positions.get(tp, 0) > before.get(tp, 0)
             if self.flow_active and self._is_changelog_tp(tp) and positions.get(tp) and moved:
-                yield tp, self._batch(tp, [], before, positions)
+                yield tp, self._changelog_batch(tp, [], before, positions)
         await self._look_at_gaps()  # last: nothing may come between a poll and what it brought
 
     def _note_gap(self, tp: TP, records: Sequence[Any]) -> None:
@@ -333,26 +345,28 @@ class RecordBatchConsumer(driver.Consumer):
         async with self._polling:
             await super().seek_wait(partitions)
 
-    def _batch(
-        self, tp: TP, records: Sequence[Any], before: Mapping[TP, int], positions: Mapping[TP, int]
-    ) -> ConsumerMessage:
-        """What is delivered of a partition; of a changelog also from where to where it is read, without records if so.
-
-        Faust takes a changelog for read when it gets a message with its last offset, which may hold no record that is
-        ever seen: the end of a transaction, or what was written in one that was given up.
-        """
-        if self._is_changelog_tp(tp):
-            end = max([positions.get(tp, 0) - 1, *(record.offset for record in records[-1:])])
-            return self._message(tp, ChangelogRecords(records, before.get(tp)), end)
+    def _batch(self, tp: TP, records: PolledRecords) -> ConsumerMessage:
+        """What is delivered of a source partition."""
         message = self._message(tp, records, records[-1].offset)
         message.serialized_value_size = sum(map(_bytes_of, records))
         self._delivered[message] = time.monotonic()
         return message
 
+    def _changelog_batch(
+        self, tp: TP, records: Sequence[Any], before: Mapping[TP, int], positions: Mapping[TP, int]
+    ) -> ConsumerMessage:
+        """What is delivered of a changelog: also from where to where it is read, without records if so.
+
+        Faust takes a changelog for read when it gets a message with its last offset, which may hold no record that is
+        ever seen: the end of a transaction, or what was written in one that was given up.
+        """
+        end = max([positions.get(tp, 0) - 1, *(record.offset for record in records[-1:])])
+        return self._message(tp, ChangelogRecords(records, before.get(tp)), end)
+
     def seconds_between_fetches(self) -> float:
-        """As long as the batch that was acknowledged last was under way, within bounds. From any thread."""
+        """Half as long as the batch that was acknowledged last was under way, within bounds. From any thread."""
         least, most = _FETCH_SECONDS
-        return min(max(least, self._seconds_under_way), most)
+        return min(max(least, self._seconds_under_way / 2), most)
 
     async def _has_room(self, timeout: float) -> bool:
         if self._is_below_limits():
@@ -552,3 +566,8 @@ def _bytes_of(record: Record) -> int:
 def records_of(event: EventT) -> Sequence[Record]:
     """The records that an event of this transport carries."""
     return cast("Sequence[Record]", event.message.value)
+
+
+def more_follow(event: EventT) -> bool:
+    """Whether the poll that brought this event's clicks brought clicks of another partition, too."""
+    return cast("PolledRecords", event.message.value).more

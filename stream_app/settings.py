@@ -128,7 +128,7 @@ class Settings:
         _choice("at_least_once", "exactly_once"),
         "whether recommendations may be repeated after a failure, or never for consumers that read committed ones only",
     )
-    max_batch: int = _setting(2_048, _integer(1, 65_536), "clicks in a micro-batch, at most")
+    max_batch: int = _setting(4_096, _integer(1, 65_536), "clicks in a micro-batch, at most")
     max_wait_ms: int = _setting(0, _integer(0, 10_000), "milliseconds to wait for a micro-batch to fill")
     max_click_bytes: int = _setting(65_536, _integer(64, 16_777_216), "a longer click goes to the dead letters")
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", _choice("auto", "cpu", "cuda"), "where the model runs")

@@ -23,6 +23,7 @@ from lrurec.config import LRURecConfig
 from lrurec.engine import Clicks
 from lrurec.model import LRURec
 from lrurec.serving import CompiledEngine, state_layout
+from stream_app import pipeline as pipeline_module
 from stream_app.delivery import AtLeastOnce, Topics
 from stream_app.errors import WorkerError
 from stream_app.messages import ClickLimits, DeadLetter
@@ -30,6 +31,7 @@ from stream_app.metrics import Metrics
 from stream_app.micro_batch import KeyValue, MicroBatcher, Outbox
 from stream_app.pipeline import Pipeline, _UnpersistedStates
 from stream_app.recommendations import RecommendationEncoder
+from stream_app.record_batches import PolledRecords
 from tests.stream_app.test_state_table import assign, changelog_event, make_store, restore
 
 PARTITIONS, USERS = 2, 3
@@ -154,9 +156,9 @@ class Journal:
         self.steps.append(f"disk {names} up to {offsets[-1]}")
 
     # as events and the computation
-    def event(self, *records: str, offset: int = 0) -> Any:
+    def event(self, *records: str, offset: int = 0, more: bool = False) -> Any:
         return SimpleNamespace(
-            message=SimpleNamespace(value=list(records), partition=3, offset=offset),
+            message=SimpleNamespace(value=PolledRecords(records, more=more), partition=3, offset=offset),
             ack=lambda: self.steps.append(f"ack {'+'.join(records)}"),
         )
 
@@ -405,6 +407,28 @@ async def test_a_micro_batch_holds_as_many_events_as_fit(
     assert changelog in {"changelog state-a", "changelog state-b+state-c+state-d"}
 
 
+async def test_what_a_poll_brought_of_several_partitions_is_one_micro_batch(
+    journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline_module, "_REST_SECONDS", 5.0)
+    await pipeline[0].put(journal.event("a", more=True))
+    await settled()
+    assert not journal.steps, "the rest has not come yet"
+    last = asyncio.create_task(pipeline[0].put(journal.event("b")))
+    await until(lambda: len(journal.open) == 4)
+    for step in list(journal.open):
+        journal.acknowledge(step)
+    await until(lambda: "changelog state-a+state-b" in journal.steps)
+    await asyncio.wait_for(last, 5)
+
+
+async def test_what_a_rebalance_dropped_of_a_poll_is_not_waited_for(
+    journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]]
+) -> None:
+    await pipeline[0].put(journal.event("a", more=True))
+    await until(lambda: "recommendations list-a" in journal.open)
+
+
 # -- with real states, a real store, and a log that acknowledges at once
 
 
@@ -454,7 +478,7 @@ class Shop:
     async def click(self, offset: int) -> None:
         value = orjson.dumps({"user_id": "u", "item_id": self.ids[1 + offset], "timestamp_ms": offset})
         record: Any = ConsumerRecord("clicks", 0, offset, 0, 0, b"u", value, None, -1, -1, ())
-        message = SimpleNamespace(partition=0, offset=offset, value=[record])
+        message = SimpleNamespace(partition=0, offset=offset, value=PolledRecords([record], more=False))
         event: Any = SimpleNamespace(message=message, ack=lambda: self.acknowledged.append(offset))
         await self.pipeline.put(event)
 

@@ -249,6 +249,16 @@ async def test_what_one_poll_brought_of_a_partition_is_one_message(consumer: Con
     )
 
 
+async def test_a_message_says_whether_the_poll_brought_more_clicks(consumer: Consumer) -> None:
+    sources = [TP("clicks", partition) for partition in range(3)]
+    consumer.resume_partitions({*sources[:2], CHANGELOG})
+    await consumer.perform_seek()
+    consumer.resume_flow()
+    polled = {tp: records(0, 2, tp) for tp in (CHANGELOG, *sources)}  # the last one may not be polled any more
+    messages = await delivered(consumer, polled)
+    assert [(message.tp, message.value.more) for message in messages[1:]] == [(sources[0], True), (sources[1], False)]
+
+
 async def test_clicks_that_are_deleted_before_they_are_read_are_told_of_and_counted(
     consumer: Consumer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,8 +438,8 @@ async def test_between_two_fetches_time_passes_for_more_clicks_to_come(
     assert min(pauses) > record_batches._FETCH_SECONDS[0] - 0.001  # uvloop's clock has milliseconds
 
 
-@pytest.mark.parametrize(("under_way", "pause"), [(0.0, 0.005), (0.02, 0.02), (3.0, 0.05)])
-async def test_fetches_are_as_far_apart_as_a_batch_is_under_way(
+@pytest.mark.parametrize(("under_way", "pause"), [(0.0, 0.005), (0.04, 0.02), (3.0, 0.05)])
+async def test_fetches_are_half_as_far_apart_as_a_batch_is_under_way(
     consumer: Consumer, under_way: float, pause: float
 ) -> None:
     await open_source(consumer)
