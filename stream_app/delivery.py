@@ -9,6 +9,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, ClassVar, Generic, TypeVar
 
 from stream_app.micro_batch import Outbox
@@ -99,7 +100,7 @@ class Sent:
     recommendations: list[Batch]
     states: dict[int, list[Batch]]
     outputs_in_flight: list[asyncio.Future[Any]] = field(default_factory=list)
-    states_in_flight: dict[int, list[asyncio.Future[Any]]] = field(default_factory=dict)
+    states_in_flight: list[asyncio.Future[Any]] = field(default_factory=list)
 
 
 class AtLeastOnce(Delivery[Sent]):
@@ -140,15 +141,16 @@ class AtLeastOnce(Delivery[Sent]):
 
     async def send_states(self, parcel: Sent) -> None:
         await acknowledged(parcel.outputs_in_flight, "recommendations or dead letters", self._timeout_seconds)
-        for partition, records in parcel.states.items():
-            parcel.states_in_flight[partition] = await self._publisher.send(self._topics.changelog, records)
+        parcel.states_in_flight = await self._publisher.send(self._topics.changelog, _flat(parcel.states.values()))
 
     async def appended(self, parcel: Sent) -> dict[int, range]:
-        offsets = {}
-        for partition, futures in parcel.states_in_flight.items():
-            answers = await acknowledged(futures, "the changelog of user states", self._timeout_seconds)
-            offsets[partition] = offsets_of(parcel.states[partition], answers)
-        return offsets
+        answers = iter(
+            await acknowledged(parcel.states_in_flight, "the changelog of user states", self._timeout_seconds)
+        )
+        return {
+            partition: offsets_of(batches, list(islice(answers, len(batches))))
+            for partition, batches in parcel.states.items()
+        }
 
     async def append(self, partition: int, rows: Sequence[tuple[bytes, bytes]]) -> range:
         return await self._publisher.append(self._topics.changelog, partition, rows)

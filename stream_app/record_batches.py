@@ -51,7 +51,7 @@ _MOST_BYTES = 64 << 20
 #: Between two fetches from a broker, at least and at most: half as long as a batch is under way. What comes meanwhile
 #: is fetched, computed and written together, which every batch of every partition has a price for. On a quiet topic
 #: nothing waits, since a fetch is at the broker by then; nor where more lies in the log than a poll takes.
-_FETCH_SECONDS = (0.005, 0.05)
+_FETCH_SECONDS = (0.005, 0.1)
 
 #: How long Kafka holds back its answer while there is nothing new, and how long a poll waits for it: what has to wait
 #: for both, such as the end of a recovery, does not wait longer. Faust has 1.5 seconds and 1.

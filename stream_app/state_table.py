@@ -352,7 +352,7 @@ class UserStateStore(SerializedStore):
             return made
 
         with self._disk_errors_explained(partition):
-            _write_in_time(self._database(partition), self._folder() / str(partition), batch)
+            _write_in_time(self._database(partition), batch)
         self._held[partition] = offset
         self._overtaken[partition] = overtaken
 
@@ -366,7 +366,7 @@ class UserStateStore(SerializedStore):
             self._overtaken[partition] = _overtaken_in(database)
             self._held[partition] = _offset_in(database)
             if is_of_layout and is_of_changelog:
-                self._label(database, path)  # may be what finds it damaged: nothing is written to one that is
+                self._label(database)  # may be what finds it damaged: nothing is written to one that is
         except Exception as error:
             if database is not None:
                 with suppress(Exception):  # one that is damaged may say so once more
@@ -406,14 +406,14 @@ class UserStateStore(SerializedStore):
         except Exception as error:  # noqa: BLE001  (what a bad disk did not take is in the changelog)
             logger.warning("closing local state failed", extra={"data": {"partition": partition, "reason": str(error)}})
 
-    def _label(self, database: rocksdict.Rdict, path: Path) -> None:
+    def _label(self, database: rocksdict.Rdict) -> None:
         def batch() -> rocksdict.WriteBatch:
             made = rocksdict.WriteBatch(raw_mode=True)
             made.put(_LAYOUT, self._identity)
             made.put(_CHANGELOG_ID, self._changelog_id)
             return made
 
-        _write_in_time(database, path, batch)
+        _write_in_time(database, batch)
 
     @contextmanager
     def _disk_errors_explained(self, partition: int) -> Iterator[None]:
@@ -440,7 +440,7 @@ class UserStateStore(SerializedStore):
         try:
             aside = _set_aside(path)
             database = open_database(path, self._cache)
-            self._label(database, path)
+            self._label(database)
             self._overtaken[partition] = frozenset()
             self._held[partition] = None
         except Exception as error:  # noqa: BLE001
@@ -537,7 +537,7 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _write_in_time(database: rocksdict.Rdict, path: Path, batch: Callable[[], rocksdict.WriteBatch]) -> None:
+def _write_in_time(database: rocksdict.Rdict, batch: Callable[[], rocksdict.WriteBatch]) -> None:
     """Write a batch, which is made anew for each try, though RocksDB would have to wait for its disk.
 
     It would wait with the interpreter's lock, so that the whole worker stands still, and for ever where the disk is
@@ -556,7 +556,7 @@ def _write_in_time(database: rocksdict.Rdict, path: Path, batch: Callable[[], ro
                 raise
         else:
             return
-        now = time.monotonic()
+        now, path = time.monotonic(), Path(database.path())
         if now > began + _STALL_SECONDS:
             raise _unusable(path, f"RocksDB has waited for it for {_STALL_SECONDS:g} seconds")
         if now > looked + _STALL_LOOK_SECONDS:

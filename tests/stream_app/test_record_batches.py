@@ -438,7 +438,7 @@ async def test_between_two_fetches_time_passes_for_more_clicks_to_come(
     assert min(pauses) > record_batches._FETCH_SECONDS[0] - 0.001  # uvloop's clock has milliseconds
 
 
-@pytest.mark.parametrize(("under_way", "pause"), [(0.0, 0.005), (0.04, 0.02), (3.0, 0.05)])
+@pytest.mark.parametrize(("under_way", "pause"), [(0.0, 0.005), (0.04, 0.02), (3.0, 0.1)])
 async def test_fetches_are_half_as_far_apart_as_a_batch_is_under_way(
     consumer: Consumer, under_way: float, pause: float
 ) -> None:

@@ -458,10 +458,10 @@ async def test_a_database_that_is_found_damaged_as_it_is_labelled_is_begun_anew(
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     label, refusals = UserStateStore._label, [Exception("Corruption: block checksum mismatch")]
 
-    def refused_once(store, database, path):
+    def refused_once(store, database):
         if refusals:
             raise refusals.pop()
-        label(store, database, path)
+        label(store, database)
 
     monkeypatch.setattr(UserStateStore, "_label", refused_once)
     store = await assign_in(tmp_path)
@@ -646,6 +646,12 @@ async def test_writes_that_have_to_wait_for_the_disk_leave_the_interpreter_to_ot
 class StalledDatabase:
     """RocksDB where no flush comes to an end."""
 
+    def __init__(self, folder):
+        self.folder = folder
+
+    def path(self):
+        return str(self.folder)
+
     def write(self, batch):
         raise Exception("Result incomplete: Write stall")
 
@@ -656,7 +662,7 @@ async def test_a_write_that_waits_for_a_full_disk_ends_with_a_line(disk, monkeyp
     monkeypatch.setattr(state_table, "_STALL_LOOK_SECONDS", 0.05)
     await disk.fill(0)
     with pytest.raises(StateError, match=r"can't be used \(.*No space left.*: see to its disk"):
-        state_table._write_in_time(StalledDatabase(), disk.folder, bytes)
+        state_table._write_in_time(StalledDatabase(disk.folder), bytes)
     assert list(disk.folder.iterdir()) == []
 
 
@@ -664,14 +670,14 @@ async def test_a_write_does_not_wait_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(state_table, "_STALL_LOOK_SECONDS", 0.05)
     monkeypatch.setattr(state_table, "_STALL_SECONDS", 0.2)
     with pytest.raises(StateError, match=r"RocksDB has waited for it for 0\.2 seconds\): see to its disk"):
-        state_table._write_in_time(StalledDatabase(), tmp_path, bytes)
+        state_table._write_in_time(StalledDatabase(tmp_path), bytes)
     assert list(tmp_path.iterdir()) == []
 
 
 async def test_a_database_that_has_to_wait_as_it_is_opened_is_not_set_aside(whole, tmp_path, database, monkeypatch):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
 
-    def waits_for_ever(store, database, path):
+    def waits_for_ever(store, database):
         raise StateError("RocksDB has waited")
 
     with monkeypatch.context() as patch:
