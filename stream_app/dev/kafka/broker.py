@@ -81,6 +81,8 @@ num.network.threads=2
 num.io.threads=4
 num.recovery.threads.per.data.dir=2
 background.threads=2
+# Kafka sets no limit: compacting a busy changelog then takes a core for seconds, which the programs beside it lack.
+log.cleaner.io.max.bytes.per.second=16777216
 # After a kill, the controller refuses the restarted broker until the killed one's session is over.
 broker.session.timeout.ms=3000
 broker.heartbeat.interval.ms=500
