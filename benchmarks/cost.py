@@ -2,7 +2,7 @@
 
     python -m benchmarks.cost
 
-The parts are called as a micro-batch of 2,048 clicks calls them, one after the other in one thread; parts that the
+The parts are called as a micro-batch of 4,096 clicks calls them, one after the other in one thread; parts that the
 micro-batch does inline are what is left of the whole. States are read from and written to one database here, warm. What
 the worker takes beyond these parts is Faust, aiokafka, the event loops, and that its threads wait for one another. The
 worker and the broker are processes of their own, of which
@@ -41,7 +41,7 @@ from stream_app.publisher import Publisher
 from stream_app.recommendations import Lists, RecommendationEncoder
 from stream_app.state_table import open_database
 
-CLICKS, PARTITIONS, USERS, ITEMS = 2_048, 8, 50_000, 3_416
+CLICKS, PARTITIONS, USERS, ITEMS = 4_096, 8, 50_000, 3_416
 BACKLOG = 400_000
 NOW_MS = 1_700_000_000_000
 

@@ -41,7 +41,7 @@ def build_engine(
     top_k: int = 10,
     exclude_seen: bool = True,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    max_batch: int = 2_048,
+    max_batch: int = 4_096,
 ) -> Engine:
     """The engine for a device; `auto` takes a GPU where torch finds one.
 
@@ -77,7 +77,7 @@ class CompiledEngine:
     """The CPU engine: one call without the GIL for all steps, one for the ranking; see `kernels`."""
 
     def __init__(
-        self, bundle: Bundle, layout: StateLayout, *, top_k: int, exclude_seen: bool, max_batch: int = 2_048
+        self, bundle: Bundle, layout: StateLayout, *, top_k: int, exclude_seen: bool, max_batch: int = 4_096
     ) -> None:
         self.layout = layout
         self._weights = fold(bundle.config, bundle.weights)

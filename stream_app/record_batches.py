@@ -542,6 +542,7 @@ class RecordBatchConsumer(driver.Consumer):
     def _close_sources(self) -> None:
         self._to_open = set()
         self._settled = False
+        self._seconds_under_way = 0.0  # of others' clicks: what is to be restored now is fetched at once
         # What Faust parked for a full queue would otherwise reopen when that queue is cleared.
         self._buffered_partitions.clear()
 

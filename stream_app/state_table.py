@@ -512,7 +512,7 @@ def _options(cache: rocksdict.Cache) -> rocksdict.Options:
     memtables: Any = rocksdict.MemtableFactory  # its stub takes a static method for another
     options.set_memtable_factory(memtables.hash_link_list(WRITE_BUFFER_BYTES // _BYTES_PER_BUCKET))
     options.set_prefix_extractor(rocksdict.SliceTransform.create_noop())  # what is hashed: the key, all of it
-    options.set_allow_concurrent_memtable_write(False)  # the table does not take that, and there is one writer
+    options.set_allow_concurrent_memtable_write(False)  # which it does not take
     options.set_max_background_jobs(2)
     # A hidden state does not compress, and what else is in a row is not worth the time.
     options.set_compression_type(rocksdict.DBCompressionType.none())

@@ -54,7 +54,7 @@ class TorchEngine:
         top_k: int,
         exclude_seen: bool,
         device: torch.device,
-        max_batch: int = 2_048,
+        max_batch: int = 4_096,
         operators: Operators | None = None,
     ) -> None:
         self.layout = layout

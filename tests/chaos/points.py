@@ -90,10 +90,10 @@ def _between_steps(passes: Callable[[str], None]) -> None:
 
     async def send_with_points(self: Publisher, topic: str, batches: Any) -> Any:
         name = "changelog" if topic.endswith("-changelog") else "recommendations"
-        if batches := list(batches):
+        sent = []
+        for batch in batches:
             passes(f"{name} unsent")
-        sent = await send(self, topic, batches)
-        if batches:
+            sent += await send(self, topic, [batch])
             passes(f"{name} sent")
         return sent
 

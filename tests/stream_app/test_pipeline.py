@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -192,16 +193,24 @@ async def journal() -> Journal:
     return Journal()
 
 
-@pytest.fixture
-async def pipeline(journal: Journal) -> AsyncIterator[tuple[Pipeline, asyncio.Task[None]]]:
+@asynccontextmanager
+async def a_pipeline(
+    journal: Journal, max_batch: int, max_wait_seconds: float = 0
+) -> AsyncIterator[tuple[Pipeline, asyncio.Task[None]]]:
     topics = Topics("recommendations", "dead-letters", "changelog")
     part: Any = journal
     delivery = AtLeastOnce(part, topics, timeout_seconds=5)
-    made = Pipeline(part, part, delivery, Metrics(), max_batch=2, max_wait_seconds=0)
+    made = Pipeline(part, part, delivery, Metrics(), max_batch=max_batch, max_wait_seconds=max_wait_seconds)
     running = asyncio.create_task(made.run())
     yield made, running
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+
+
+@pytest.fixture
+async def pipeline(journal: Journal) -> AsyncIterator[tuple[Pipeline, asyncio.Task[None]]]:
+    async with a_pipeline(journal, max_batch=2) as made:
+        yield made
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -407,19 +416,49 @@ async def test_a_micro_batch_holds_as_many_events_as_fit(
     assert changelog in {"changelog state-a", "changelog state-b+state-c+state-d"}
 
 
-async def test_what_a_poll_brought_of_several_partitions_is_one_micro_batch(
-    journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pipeline_module, "_REST_SECONDS", 5.0)
-    await pipeline[0].put(journal.event("a", more=True))
+async def until_the_first_micro_batch_is_in_the_changelog(journal: Journal) -> str:
+    """The names of its states."""
+    await until(lambda: bool(journal.open))
     await settled()
-    assert not journal.steps, "the rest has not come yet"
-    last = asyncio.create_task(pipeline[0].put(journal.event("b")))
-    await until(lambda: len(journal.open) == 4)
     for step in list(journal.open):
         journal.acknowledge(step)
-    await until(lambda: "changelog state-a+state-b" in journal.steps)
-    await asyncio.wait_for(last, 5)
+    await until(lambda: any(step.startswith("changelog") for step in journal.steps))
+    return next(step for step in journal.steps if step.startswith("changelog"))
+
+
+async def test_what_a_poll_brought_of_several_partitions_is_one_micro_batch(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline_module, "_REST_SECONDS", 5.0)
+    async with a_pipeline(journal, max_batch=10) as (pipeline, _):
+        for name, more in (("a", True), ("b", True), ("c", False)):
+            await pipeline.put(journal.event(name, more=more))
+            await settled()
+        assert await until_the_first_micro_batch_is_in_the_changelog(journal) == "changelog state-a+state-b+state-c"
+
+
+async def test_the_rest_of_a_poll_whose_beginning_did_not_fit_is_waited_for_too(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline_module, "_REST_SECONDS", 5.0)
+    async with a_pipeline(journal, max_batch=3) as (pipeline, _):
+        await pipeline.put(journal.event("a", "b"))
+        put = asyncio.create_task(pipeline.put(journal.event("c", "d", more=True)))
+        await until(lambda: "recommendations list-a" in journal.open)
+        await settled()
+        assert "recommendations list-c" not in journal.open
+        await put
+        await pipeline.put(journal.event("e"))
+        await until(lambda: "recommendations list-e" in journal.open)
+
+
+async def test_a_micro_batch_waits_for_more_as_long_as_it_may(journal: Journal) -> None:
+    async with a_pipeline(journal, max_batch=10, max_wait_seconds=5.0) as (pipeline, _):
+        await pipeline.put(journal.event("a"))
+        await settled()
+        await pipeline.put(journal.event(*"bcdefghij"))
+        changelog = await until_the_first_micro_batch_is_in_the_changelog(journal)
+        assert changelog.startswith("changelog state-a+state-b+")
 
 
 async def test_what_a_rebalance_dropped_of_a_poll_is_not_waited_for(

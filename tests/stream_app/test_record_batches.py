@@ -449,6 +449,15 @@ async def test_fetches_are_half_as_far_apart_as_a_batch_is_under_way(
     assert consumer.seconds_between_fetches() == pytest.approx(pause, abs=0.003)
 
 
+async def test_what_a_rebalance_brings_is_fetched_without_regard_to_what_was_under_way(consumer: Consumer) -> None:
+    await open_source(consumer)
+    [message] = await delivered(consumer, {SOURCE: records(0, 3)})
+    consumer._delivered[message] -= 3.0
+    consumer.ack(message)
+    consumer.stop_flow()
+    assert consumer.seconds_between_fetches() == record_batches._FETCH_SECONDS[0]
+
+
 @pytest.mark.parametrize("end", ["stop", "on_thread_stop", "reassign"])
 async def test_a_fetch_that_waits_for_its_time_holds_nobody_up(
     bootstrap: str, create_topic: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, end: str
