@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -35,7 +36,8 @@ async def test_the_offsets_of_each_partitions_states_are_those_that_hold_them(bo
             log = TopicPartition(topics.changelog, partition)
             consumer.assign([log])
             consumer.seek(log, offsets[partition].start)
-            found = [await consumer.getone() for _ in offsets[partition]]
+            async with asyncio.timeout(30):
+                found = [await consumer.getone() for _ in offsets[partition]]
             assert [(record.key, record.value) for record in found] == rows
             assert [record.offset for record in found] == list(offsets[partition])
     finally:

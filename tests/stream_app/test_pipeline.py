@@ -202,9 +202,11 @@ async def a_pipeline(
     delivery = AtLeastOnce(part, topics, timeout_seconds=5)
     made = Pipeline(part, part, delivery, Metrics(), max_batch=max_batch, max_wait_seconds=max_wait_seconds)
     running = asyncio.create_task(made.run())
-    yield made, running
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    try:
+        yield made, running
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 @pytest.fixture
@@ -429,7 +431,7 @@ async def until_the_first_micro_batch_is_in_the_changelog(journal: Journal) -> s
 async def test_what_a_poll_brought_of_several_partitions_is_one_micro_batch(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline_module, "_REST_SECONDS", 5.0)
+    monkeypatch.setattr(pipeline_module, "_REST_SECONDS", 30.0)
     async with a_pipeline(journal, max_batch=10) as (pipeline, _):
         for name, more in (("a", True), ("b", True), ("c", False)):
             await pipeline.put(journal.event(name, more=more))
@@ -440,7 +442,7 @@ async def test_what_a_poll_brought_of_several_partitions_is_one_micro_batch(
 async def test_the_rest_of_a_poll_whose_beginning_did_not_fit_is_waited_for_too(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline_module, "_REST_SECONDS", 5.0)
+    monkeypatch.setattr(pipeline_module, "_REST_SECONDS", 30.0)
     async with a_pipeline(journal, max_batch=3) as (pipeline, _):
         await pipeline.put(journal.event("a", "b"))
         put = asyncio.create_task(pipeline.put(journal.event("c", "d", more=True)))
