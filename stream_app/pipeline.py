@@ -29,13 +29,10 @@ from lrurec.user_state import UserStates
 from stream_app.delivery import Delivery
 from stream_app.metrics import Metrics
 from stream_app.micro_batch import Answers, Arrived, KeyValue, MicroBatcher, Outbox
-from stream_app.record_batches import more_follow, records_of
+from stream_app.record_batches import polled_by
 from stream_app.state_table import UserStateStore
 
 log = structlog.get_logger(__name__)
-
-#: For the rest of what one poll brought, which Faust hands over a partition at a time; a rebalance may drop it.
-_REST_SECONDS = 0.02
 
 #: Micro-batches waiting before each stage. Two hide Kafka's round trip; more only adds latency and memory.
 DEPTH = 2
@@ -109,13 +106,13 @@ class Pipeline:
         self._number = 0
 
     async def put(self, event: EventT[Any]) -> None:
-        """Take one partition's batch of records; batches of a partition come in log order.
+        """Take what one poll brought; a partition's records come in log order.
 
         Returns once there is room for another. What waits in Faust's queues until then is dropped at a rebalance,
         what has been taken has to be finished first.
         """
         self._arrived.put_nowait(event)
-        self._arrived_clicks += len(records_of(event))
+        self._arrived_clicks += polled_by(event).count
         while self._arrived_clicks >= self._max_batch:
             self._taken.clear()
             await self._taken.wait()
@@ -146,26 +143,25 @@ class Pipeline:
         self._prepared.put_nowait((batch, computed))
 
     def _decode_and_load(self, events: Sequence[EventT[Any]]) -> _Prepared:
-        arrived = self._batcher.decode([records_of(event) for event in events])
+        arrived = self._batcher.decode([records for event in events for records in polled_by(event).values()])
         loaded = self._unpersisted.load(arrived.users)
         return _Prepared(arrived, loaded, self._batcher.unpack(loaded.rows))
 
     async def _gather(self) -> list[EventT[Any]]:
-        """What has arrived on all partitions since the last time, polls whole: one event, or as many as fit."""
+        """What has arrived since the last time: one event, or as many as fit."""
         events = [self._held or await self._arrived.get()]
         self._held = None
-        clicks = len(records_of(events[0]))
+        clicks = polled_by(events[0]).count
         deadline = time.monotonic() + self._max_wait_seconds
         while clicks < self._max_batch:
-            rest = time.monotonic() + _REST_SECONDS if more_follow(events[-1]) else 0.0
-            event = await self._next_event(max(deadline, rest))
+            event = await self._next_event(deadline)
             if event is None:
                 break
-            if clicks + len(records_of(event)) > self._max_batch:
+            if clicks + polled_by(event).count > self._max_batch:
                 self._held = event
                 break
             events.append(event)
-            clicks += len(records_of(event))
+            clicks += polled_by(event).count
         self._arrived_clicks -= clicks
         self._taken.set()
         return events
@@ -200,8 +196,8 @@ class Pipeline:
         if batch.answers is not None:
             batch.outbox.recommendations = self._batcher.write(batch.answers, now_ms)
             batch.answers = None
-        # Batches of a partition come in log order, so its last one has the highest offset.
-        ends = {event.message.partition: event.message.offset + 1 for event in batch.events}
+        # A partition's records come in log order, so its last one has the highest offset.
+        ends = {tp.partition: last + 1 for event in batch.events for tp, last in polled_by(event).ends().items()}
         batch.parcel = self._delivery.pack(batch.outbox, ends, now_ms)
 
     async def _send_outputs(self) -> None:

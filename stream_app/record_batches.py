@@ -1,8 +1,8 @@
-"""A Faust transport that delivers what one poll brought of a partition as ONE message.
+"""A Faust transport that delivers the clicks of one poll as ONE message.
 
-Faust hands an agent one record at a time, which caps it near 12,000 a second. Here the `value` of a message is the list
-of a partition's records, in log order, and its `offset` is the last record's. Agents, assignor, recovery, commits and
-flow control stay Faust's; the changelog is read in such batches too.
+Faust hands an agent one record at a time, which caps it near 12,000 a second. Here a message holds what one poll
+brought of all source partitions (`Polled`), or of one partition of the changelog (`ChangelogRecords`). Agents,
+assignor, recovery, commits and flow control stay Faust's.
 
 Built on what faust-streaming 0.15.3 and aiokafka 0.14.0 do inside, so both are pinned to the letter. The methods below
 that override Faust's say which of its habits they mend.
@@ -86,12 +86,23 @@ class RecordBatchSchema(Schema):
         return decode
 
 
-class PolledRecords(list[Any]):
-    """A partition's records, and whether those of another partition follow that the same poll brought."""
+class Polled(dict[TP, Sequence[Record]]):
+    """What one poll brought: source partition → its records, at least one, in log order.
 
-    def __init__(self, records: Iterable[Any], *, more: bool) -> None:
+    Faust knows a message by one partition and one offset: those of the first one's last record.
+    """
+
+    def __init__(self, records: Mapping[TP, Sequence[Record]]) -> None:
         super().__init__(records)
-        self.more = more
+        self.count = sum(map(len, records.values()))
+
+    def ends(self) -> dict[TP, int]:
+        """Partition → the offset of its last record."""
+        return {tp: records[-1].offset for tp, records in self.items()}
+
+    def bytes(self) -> int:
+        """What keys, values and headers take."""
+        return sum(sum(map(_bytes_of, records)) for records in self.values())
 
 
 class ChangelogRecords(list[Any]):
@@ -231,7 +242,7 @@ def _has_plenty(assignment: Any, request: Any, plenty: int) -> bool:
 
 
 class RecordBatchConsumer(driver.Consumer):
-    """Polls records and delivers each partition's as one message, never before its position is settled.
+    """Polls records and delivers them in batches, never before the position of their partition is settled.
 
     A record of a source partition that is delivered between a rebalance and the seek to the committed offsets would be
     processed ahead of earlier ones, and the offset fence would then skip those for good. So after a rebalance the
@@ -275,34 +286,29 @@ class RecordBatchConsumer(driver.Consumer):
         if not self.flow_active:  # not under the lock: the seeks that come before the flow need it
             await self.wait(cast("Any", self.can_resume_flow))
         async with self._polling:
-            before = self._positions()
-            polled, active = await self._poll(min(timeout, _WAIT_SECONDS))
-            positions = self._positions()
+            active = frozenset(self._get_active_partitions())
+            changelogs = [tp for tp in active if self._is_changelog_tp(tp)]
+            before = self._positions() if changelogs else {}
+            polled = await self._poll(active, min(timeout, _WAIT_SECONDS))
+            positions = self._positions() if changelogs else {}
         if self.should_stop:
             return
         if polled and not self.flow_active:
             await self.perform_seek()
             return
-        brought = {tp: records for tp, records in polled.items() if tp in active}
-        sources = [tp for tp in brought if not self._is_changelog_tp(tp)]
-        for tp, records in brought.items():
-            if not self.flow_active:
-                return
-            self._note_gap(tp, records)
-            self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
-            if self._is_changelog_tp(tp):
-                yield tp, self._changelog_batch(tp, records, before, positions)
-            else:
-                yield tp, self._batch(tp, PolledRecords(records, more=tp != sources[-1]))
-        for tp in active - polled.keys():
-            moved = not polled or positions.get(tp, 0) > before.get(tp, 0)
-            if self.flow_active and self._is_changelog_tp(tp) and positions.get(tp) and moved:
-                yield tp, self._changelog_batch(tp, [], before, positions)
-        await self._look_at_gaps()  # last: nothing may come between a poll and what it brought
+        brought = Polled({tp: polled[tp] for tp in polled if tp in active and tp not in changelogs})
+        if brought and self.flow_active:
+            message = self._batch(brought)
+            yield message.tp, message
+        for tp in changelogs:
+            moved = tp in polled or not polled or positions.get(tp, 0) > before.get(tp, 0)
+            if self.flow_active and moved and (tp in polled or positions.get(tp)):
+                yield tp, self._changelog_batch(tp, polled.get(tp, ()), before, positions)
+        await self._look_at_gaps()
 
-    def _note_gap(self, tp: TP, records: Sequence[Any]) -> None:
+    def _note_gap(self, tp: TP, records: Sequence[Record]) -> None:
         following = self._following.get(tp, records[0].offset)
-        if records[0].offset > following and not self._is_changelog_tp(tp):
+        if records[0].offset > following:
             self._gaps.setdefault(tp, []).append(range(following, records[0].offset))
         self._following[tp] = records[-1].offset + 1
 
@@ -328,27 +334,31 @@ class RecordBatchConsumer(driver.Consumer):
                     self.deleted_unread += len(deleted)
                     warn_of_deleted_clicks(tp.partition, deleted)
 
-    async def _poll(self, timeout: float) -> tuple[Mapping[TP, Sequence[Any]], frozenset[TP]]:
-        """What was fetched of the partitions that may be polled now, and which these are.
+    async def _poll(self, active: frozenset[TP], timeout: float) -> Mapping[TP, Sequence[Any]]:
+        """What was fetched of the partitions that may be polled now.
 
-        Faust hands over its living set of them. When it pauses the last one meanwhile, the set is empty, which means
+        Faust would hand over its living set of them. When it pauses the last one meanwhile, that is empty, which means
         all to aiokafka: it would give out records of paused partitions, and those would be passed over for ever.
         """
-        active = frozenset(self._get_active_partitions())
         if not self.flow_active or not active:
             await asyncio.sleep(timeout if self.flow_active else 0)
-            return {}, active
-        return cast("Mapping[TP, Sequence[Any]]", await self._getmany(cast("Any", active), timeout) or {}), active
+            return {}
+        return cast("Mapping[TP, Sequence[Any]]", await self._getmany(cast("Any", active), timeout) or {})
 
     async def seek_wait(self, partitions: Mapping[TP, int]) -> None:
         """Seek, with no poll under way: what that brings from before would move the position once more."""
         async with self._polling:
             await super().seek_wait(partitions)
 
-    def _batch(self, tp: TP, records: PolledRecords) -> ConsumerMessage:
-        """What is delivered of a source partition."""
-        message = self._message(tp, records, records[-1].offset)
-        message.serialized_value_size = sum(map(_bytes_of, records))
+    def _batch(self, polled: Polled) -> ConsumerMessage:
+        """What is delivered of the source partitions."""
+        for each, records in polled.items():
+            self._note_gap(each, records)
+        # What Faust does for the message's own partition, which would have to be behind what it has read last.
+        self._read_offset.update(polled.ends())
+        tp, records = next(iter(polled.items()))
+        message = self._message(tp, records[-1:], records[-1].offset, polled)
+        message.serialized_value_size = polled.bytes()
         self._delivered[message] = time.monotonic()
         return message
 
@@ -361,7 +371,7 @@ class RecordBatchConsumer(driver.Consumer):
         ever seen: the end of a transaction, or what was written in one that was given up.
         """
         end = max([positions.get(tp, 0) - 1, *(record.offset for record in records[-1:])])
-        return self._message(tp, ChangelogRecords(records, before.get(tp)), end)
+        return self._message(tp, records, end, ChangelogRecords(records, before.get(tp)))
 
     def seconds_between_fetches(self) -> float:
         """Half as long as the batch that was acknowledged last was under way, within bounds. From any thread."""
@@ -379,11 +389,11 @@ class RecordBatchConsumer(driver.Consumer):
         return self._is_below_limits()
 
     def _is_below_limits(self) -> bool:
-        records = sum(len(cast("Sequence[Record]", message.value)) for message in self._delivered)
+        records = sum(cast("Polled", message.value).count for message in self._delivered)
         size = sum(message.serialized_value_size for message in self._delivered)
         return records < self.max_unacknowledged and size < self.max_unacknowledged_bytes
 
-    def _message(self, tp: TP, records: Sequence[Any], offset: int) -> ConsumerMessage:
+    def _message(self, tp: TP, records: Sequence[Any], offset: int, value: Any) -> ConsumerMessage:
         return ConsumerMessage(
             tp.topic,
             tp.partition,
@@ -392,7 +402,7 @@ class RecordBatchConsumer(driver.Consumer):
             records[-1].timestamp_type if records else 0,
             None,
             None,
-            cast("bytes", records),  # Faust's types know of one record's bytes only
+            value,
             None,
             tp=tp,
             generation_id=self.app.consumer_generation_id,
@@ -403,6 +413,9 @@ class RecordBatchConsumer(driver.Consumer):
         delivered = self._delivered.pop(message, None)
         if delivered is not None:
             self._seconds_under_way = time.monotonic() - delivered
+            for tp, offset in cast("Polled", message.value).ends().items():
+                if tp != message.tp:  # Faust takes care of that one
+                    self._acked[tp].append(offset)
         self._acknowledged.set()
         return super().ack(message)
 
@@ -498,7 +511,7 @@ class RecordBatchConsumer(driver.Consumer):
         """
         sources = [tp for tp in self.assignment() if not self._is_changelog_tp(tp)]
         ends = {tp: self.highwater(tp) for tp in sources}
-        at_work = {message.tp for message in self._delivered}
+        at_work = {tp for message in self._delivered for tp in cast("Polled", message.value)}
         read = self._positions()
         return {
             tp.partition: max(
@@ -564,11 +577,11 @@ def _bytes_of(record: Record) -> int:
     return size + sum(len(name) + len(value or b"") for name, value in record.headers) if record.headers else size
 
 
-def records_of(event: EventT) -> Sequence[Record]:
-    """The records that an event of this transport carries."""
-    return cast("Sequence[Record]", event.message.value)
+def polled_by(event: EventT) -> Polled:
+    """The clicks of an event of this transport."""
+    return cast("Polled", event.message.value)
 
 
-def more_follow(event: EventT) -> bool:
-    """Whether the poll that brought this event's clicks brought clicks of another partition, too."""
-    return cast("PolledRecords", event.message.value).more
+def changelog_records_of(event: EventT) -> ChangelogRecords:
+    """The states of an event of this transport."""
+    return cast("ChangelogRecords", event.message.value)

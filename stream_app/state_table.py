@@ -34,7 +34,7 @@ from faust.types import TP, AppT, CollectionT, EventT
 
 from lrurec.user_state import StateLayout, UserStateError
 from stream_app.errors import StateError, foreign_record
-from stream_app.record_batches import ChangelogRecords, RecordBatchSchema, records_of
+from stream_app.record_batches import ChangelogRecords, RecordBatchSchema, changelog_records_of
 from stream_app.recovery import OutspokenRecovery
 from stream_app.topic_metadata import NO_ID
 
@@ -188,7 +188,7 @@ class UserStateStore(SerializedStore):
         """
         try:
             for event in batch:
-                partition, records = event.message.partition, cast("ChangelogRecords", records_of(event))
+                partition, records = event.message.partition, changelog_records_of(event)
                 if partition not in self._databases:
                     continue  # was read before a rebalance took the partition away
                 self._refuse_gap(event.message.tp, records)

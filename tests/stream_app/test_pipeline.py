@@ -15,6 +15,7 @@ import orjson
 import pytest
 from aiokafka.errors import KafkaError
 from aiokafka.structs import ConsumerRecord
+from faust.types import TP
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,6 @@ from lrurec.config import LRURecConfig
 from lrurec.engine import Clicks
 from lrurec.model import LRURec
 from lrurec.serving import CompiledEngine, state_layout
-from stream_app import pipeline as pipeline_module
 from stream_app.delivery import AtLeastOnce, Topics
 from stream_app.errors import WorkerError
 from stream_app.messages import ClickLimits, DeadLetter
@@ -32,7 +32,7 @@ from stream_app.metrics import Metrics
 from stream_app.micro_batch import KeyValue, MicroBatcher, Outbox
 from stream_app.pipeline import Pipeline, _UnpersistedStates
 from stream_app.recommendations import RecommendationEncoder
-from stream_app.record_batches import PolledRecords
+from stream_app.record_batches import Polled
 from tests.stream_app.test_state_table import assign, changelog_event, make_store, restore
 
 PARTITIONS, USERS = 2, 3
@@ -113,6 +113,12 @@ def test_persisted_states_are_not_kept() -> None:
     assert states.load(wanted).rows == [None]
 
 
+class _Named(str):
+    """A record of the journal: what it is called, and where it lies."""
+
+    offset: int
+
+
 class Journal:
     """A Kafka, a disk and events that write down what happens, and acknowledge when the test says so."""
 
@@ -157,9 +163,15 @@ class Journal:
         self.steps.append(f"disk {names} up to {offsets[-1]}")
 
     # as events and the computation
-    def event(self, *records: str, offset: int = 0, more: bool = False) -> Any:
+    def event(self, *records: str, ends: Mapping[int, int] | None = None) -> Any:
+        """A poll of these records, each in all partitions that have an end, else in one."""
+        polled: dict[TP, Any] = {TP("clicks", partition): [] for partition in ends or {3: 1}}
+        for tp, found in polled.items():
+            for number, name in enumerate(reversed(records), 1):
+                found.insert(0, _Named(name))
+                found[0].offset = (ends or {3: len(records)})[tp.partition] - number
         return SimpleNamespace(
-            message=SimpleNamespace(value=PolledRecords(records, more=more), partition=3, offset=offset),
+            message=SimpleNamespace(value=Polled(polled)),
             ack=lambda: self.steps.append(f"ack {'+'.join(records)}"),
         )
 
@@ -393,14 +405,14 @@ async def test_a_delivery_learns_where_each_partition_goes_on(
 
     monkeypatch.setattr(AtLeastOnce, "pack", noting)
     journal.before_the_preparation = lambda: preparing.wait(5)
-    await pipeline[0].put(journal.event("a", offset=5))
+    await pipeline[0].put(journal.event("a", ends={3: 6, 5: 20}))
     await settled()
-    await pipeline[0].put(journal.event("b", offset=7))
-    waiting = asyncio.create_task(pipeline[0].put(journal.event("c", offset=9)))
+    await pipeline[0].put(journal.event("b", ends={3: 8}))
+    waiting = asyncio.create_task(pipeline[0].put(journal.event("c", ends={3: 10})))
     await settled()
     preparing.set()
     await until(lambda: len(journal.ends) == 2)
-    assert journal.ends == [{3: 6}, {3: 10}]
+    assert journal.ends == [{3: 6, 5: 20}, {3: 10}]
     await asyncio.wait_for(waiting, 5)
 
 
@@ -428,32 +440,6 @@ async def until_the_first_micro_batch_is_in_the_changelog(journal: Journal) -> s
     return next(step for step in journal.steps if step.startswith("changelog"))
 
 
-async def test_what_a_poll_brought_of_several_partitions_is_one_micro_batch(
-    journal: Journal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pipeline_module, "_REST_SECONDS", 30.0)
-    async with a_pipeline(journal, max_batch=10) as (pipeline, _):
-        for name, more in (("a", True), ("b", True), ("c", False)):
-            await pipeline.put(journal.event(name, more=more))
-            await settled()
-        assert await until_the_first_micro_batch_is_in_the_changelog(journal) == "changelog state-a+state-b+state-c"
-
-
-async def test_the_rest_of_a_poll_whose_beginning_did_not_fit_is_waited_for_too(
-    journal: Journal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pipeline_module, "_REST_SECONDS", 30.0)
-    async with a_pipeline(journal, max_batch=3) as (pipeline, _):
-        await pipeline.put(journal.event("a", "b"))
-        put = asyncio.create_task(pipeline.put(journal.event("c", "d", more=True)))
-        await until(lambda: "recommendations list-a" in journal.open)
-        await settled()
-        assert "recommendations list-c" not in journal.open
-        await put
-        await pipeline.put(journal.event("e"))
-        await until(lambda: "recommendations list-e" in journal.open)
-
-
 async def test_a_micro_batch_waits_for_more_as_long_as_it_may(journal: Journal) -> None:
     async with a_pipeline(journal, max_batch=10, max_wait_seconds=5.0) as (pipeline, _):
         await pipeline.put(journal.event("a"))
@@ -461,13 +447,6 @@ async def test_a_micro_batch_waits_for_more_as_long_as_it_may(journal: Journal) 
         await pipeline.put(journal.event(*"bcdefghij"))
         changelog = await until_the_first_micro_batch_is_in_the_changelog(journal)
         assert changelog.startswith("changelog state-a+state-b+")
-
-
-async def test_what_a_rebalance_dropped_of_a_poll_is_not_waited_for(
-    journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]]
-) -> None:
-    await pipeline[0].put(journal.event("a", more=True))
-    await until(lambda: "recommendations list-a" in journal.open)
 
 
 # -- with real states, a real store, and a log that acknowledges at once
@@ -519,7 +498,7 @@ class Shop:
     async def click(self, offset: int) -> None:
         value = orjson.dumps({"user_id": "u", "item_id": self.ids[1 + offset], "timestamp_ms": offset})
         record: Any = ConsumerRecord("clicks", 0, offset, 0, 0, b"u", value, None, -1, -1, ())
-        message = SimpleNamespace(partition=0, offset=offset, value=PolledRecords([record], more=False))
+        message = SimpleNamespace(value=Polled({TP("clicks", 0): [record]}))
         event: Any = SimpleNamespace(message=message, ack=lambda: self.acknowledged.append(offset))
         await self.pipeline.put(event)
 

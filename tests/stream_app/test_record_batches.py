@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import faust
 import pytest
@@ -239,24 +239,48 @@ async def open_source(consumer: Consumer) -> None:
     consumer.resume_flow()
 
 
-async def test_what_one_poll_brought_of_a_partition_is_one_message(consumer: Consumer) -> None:
-    await open_source(consumer)
-    (message,) = await delivered(consumer, {SOURCE: records(10, 5)})
-    assert (message.tp, message.offset, [record.offset for record in message.value]) == (
-        SOURCE,
-        14,
-        [10, 11, 12, 13, 14],
-    )
-
-
-async def test_a_message_says_whether_the_poll_brought_more_clicks(consumer: Consumer) -> None:
-    sources = [TP("clicks", partition) for partition in range(3)]
-    consumer.resume_partitions({*sources[:2], CHANGELOG})
+async def open_sources(consumer: Consumer, *sources: TP) -> None:
+    consumer.resume_partitions({*sources})
     await consumer.perform_seek()
     consumer.resume_flow()
-    polled = {tp: records(0, 2, tp) for tp in (CHANGELOG, *sources)}  # the last one may not be polled any more
-    messages = await delivered(consumer, polled)
-    assert [(message.tp, message.value.more) for message in messages[1:]] == [(sources[0], True), (sources[1], False)]
+
+
+async def test_the_clicks_of_one_poll_are_one_message(consumer: Consumer) -> None:
+    sources = [TP("clicks", partition) for partition in range(3)]
+    await open_sources(consumer, *sources[:2])
+    consumer.resume_partitions({CHANGELOG})
+    polled = {tp: records(10, 2 + tp.partition, tp) for tp in (CHANGELOG, *sources)}
+    (message, restored) = await delivered(consumer, polled)
+    assert restored.tp == CHANGELOG
+    assert (message.tp, message.offset, message.value.count) == (sources[0], 11, 5)
+    offsets = {tp: [record.offset for record in found] for tp, found in message.value.items()}
+    assert offsets == {sources[0]: [10, 11], sources[1]: [10, 11, 12]}  # the last one may not be polled any more
+
+
+async def test_what_is_acknowledged_is_committed_for_every_partition_of_its_poll(
+    consumer: Consumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [TP("clicks", partition) for partition in range(3)]
+    monkeypatch.setattr(consumer.app.topics, "acks_enabled_for", lambda topic: topic == "clicks")
+    await open_sources(consumer, *sources)
+    (first,) = await delivered(consumer, {sources[0]: records(0, 2, sources[0]), sources[1]: records(5, 1, sources[1])})
+    (later,) = await delivered(consumer, {sources[1]: records(6, 1, sources[1]), sources[2]: records(7, 2, sources[2])})
+    for message, ends in ((first, {0: 2, 1: 6}), (later, {1: 7, 2: 9})):
+        assert consumer.ack(message)
+        found = {tp.partition: consumer._new_offset(tp) for tp in sources}
+        assert {partition: end for partition, end in found.items() if end is not None} == ends
+        assert not consumer.ack(message)
+        assert {consumer._new_offset(tp) for tp in sources} == {None}
+
+
+async def test_faust_drops_no_poll_for_what_it_has_read_of_one_partition(consumer: Consumer) -> None:
+    """It knows a message by its first partition, and passes over those that lie behind what it has read there."""
+    sources = [TP("clicks", partition) for partition in range(2)]
+    await open_sources(consumer, *sources)
+    consumer._read_offset[sources[0]] = 100
+    (message,) = await delivered(consumer, {tp: records(3, 4, tp) for tp in sources})
+    assert message.offset >= cast("int", consumer._read_offset[message.tp])
+    assert consumer._read_offset[sources[1]] == 6
 
 
 async def test_clicks_that_are_deleted_before_they_are_read_are_told_of_and_counted(
@@ -311,7 +335,7 @@ async def test_no_more_is_delivered_than_may_be_unacknowledged_though_faust_has_
     queue = []
     for number in range(50):
         queue += await delivered(consumer, {SOURCE: records(number * 10, 10)})
-    assert sum(len(message.value) for message in queue) == 100
+    assert sum(message.value.count for message in queue) == 100
     consumer.ack(queue.pop(0))
     assert len(await delivered(consumer, {SOURCE: records(100, 10)})) == 1
 
