@@ -186,6 +186,7 @@ class Pipeline:
     async def _encode(self) -> None:
         batch, computed = await self._prepared.get()
         await computed
+        polled_by(batch.events[-1]).computed()
         self._room.release()
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._encode_thread, self._pack, batch)

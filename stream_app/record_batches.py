@@ -13,9 +13,11 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 from aiokafka.consumer.fetcher import READ_UNCOMMITTED
 from aiokafka.errors import (
@@ -48,9 +50,9 @@ _LEAST_ROOM = 16_384
 _MOST_BYTES = 64 << 20
 
 
-#: Between two fetches from a broker, at least and at most: half as long as a batch is under way. What comes meanwhile
-#: is fetched, computed and written together, which every batch of every partition has a price for. On a quiet topic
-#: nothing waits, since a fetch is at the broker by then; nor where more lies in the log than a poll takes.
+#: Between two fetches from a broker, at least, and at most while what the last poll brought is not computed. What comes
+#: meanwhile is fetched, computed and written together, which every batch of every partition has a price for. On a quiet
+#: topic nothing waits, since a fetch is at the broker by then; nor where more lies in the log than a poll takes.
 _FETCH_SECONDS = (0.005, 0.1)
 
 #: How long Kafka holds back its answer while there is nothing new, and how long a poll waits for it: what has to wait
@@ -90,11 +92,17 @@ class Polled(dict[TP, Sequence[Record]]):
     """What one poll brought: source partition → its records, at least one, in log order.
 
     Faust knows a message by one partition and one offset: those of the first one's last record.
+
+    Args:
+        records: by partition.
+        computed: to be called when these clicks are computed, from the event loop: more are fetched then.
+
     """
 
-    def __init__(self, records: Mapping[TP, Sequence[Record]]) -> None:
+    def __init__(self, records: Mapping[TP, Sequence[Record]], computed: Callable[[], None] = lambda: None) -> None:
         super().__init__(records)
         self.count = sum(map(len, records.values()))
+        self.computed = computed
 
     def ends(self) -> dict[TP, int]:
         """Partition → the offset of its last record."""
@@ -118,6 +126,25 @@ class ChangelogRecords(list[Any]):
 
 class _Thread(driver.AIOKafkaConsumerThread):
     """Faust's thread around the aiokafka consumer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: Polls that brought clicks; the last one's have been computed, or dropped, when more are wanted.
+        self.polls = 0
+        self._wanted = asyncio.Event()
+        self._wanted.set()
+
+    def want_more(self, poll: int) -> None:
+        """Go on fetching if this was the last poll. From any thread."""
+        with suppress(RuntimeError):  # the thread has ended
+            self.thread_loop.call_soon_threadsafe(lambda: self._wanted.set() if poll == self.polls else None)
+
+    async def _wait_until_wanted(self, since_last: float) -> None:
+        least, most = _FETCH_SECONDS
+        await asyncio.sleep(least - since_last)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(most - since_last):
+                await self._wanted.wait()
 
     def _create_worker_consumer(self, transport: Any) -> Any:
         """The consumer, which never sees clicks of a transaction that was given up, and commits with a note.
@@ -143,9 +170,8 @@ class _Thread(driver.AIOKafkaConsumerThread):
     async def on_start(self) -> None:
         """Start the consumer, with time between its fetches; where it has a name, watch that nobody else takes it."""
         await super().on_start()
-        consumer = cast("RecordBatchConsumer", self.consumer)
         plenty = self.app.conf.broker_max_poll_records or _LEAST_ROOM
-        _space_out(cast("Any", self._consumer)._fetcher, consumer.seconds_between_fetches, plenty)
+        _space_out(cast("Any", self._consumer)._fetcher, self._wait_until_wanted, plenty)
         if self.app.conf.consumer_group_instance_id:
             self._watch_name(cast("Any", self._consumer)._coordinator)
 
@@ -201,9 +227,13 @@ class _Thread(driver.AIOKafkaConsumerThread):
             max_records = None
         try:
             async with asyncio.timeout((timeout or 0.0) + _REBALANCE_SECONDS):
-                return await super()._fetch_records(consumer, active_partitions, timeout, max_records)
+                found = await super()._fetch_records(consumer, active_partitions, timeout, max_records)
         except TimeoutError:
             return {}
+        if not all(map(self.consumer._is_changelog_tp, found)):
+            self.polls += 1
+            self._wanted.clear()
+        return found
 
     async def _highwaters(self, partitions: Sequence[Any]) -> Mapping[TP, int]:
         """The ends of logs for a recovery, records of open transactions included: it waits for the end of those.
@@ -216,14 +246,14 @@ class _Thread(driver.AIOKafkaConsumerThread):
         return cast("Mapping[TP, int]", await everything.end_offsets(list(partitions), timeout_ms))
 
 
-def _space_out(fetcher: Any, pause: Callable[[], float], plenty: int) -> None:
-    """Let time pass between two fetches from a broker, unless as many records are known to lie in a log."""
+def _space_out(fetcher: Any, pause: Callable[[float], Awaitable[None]], plenty: int) -> None:
+    """Pause, with the seconds since the last one, before a fetch from a broker; unless as many records wait there."""
     fetch, sent = fetcher._proc_fetch_request, dict[int, float]()
 
     async def fetch_in_time(assignment: Any, node: int, request: Any) -> bool:
         if not _has_plenty(assignment, request, plenty):
             try:
-                await asyncio.sleep(sent.get(node, 0.0) + pause() - time.monotonic())
+                await pause(time.monotonic() - sent.get(node, 0.0))
             except asyncio.CancelledError:  # as in the fetch itself: closed, or the partitions are another's now
                 return False
         sent[node] = time.monotonic()
@@ -233,12 +263,13 @@ def _space_out(fetcher: Any, pause: Callable[[], float], plenty: int) -> None:
 
 
 def _has_plenty(assignment: Any, request: Any, plenty: int) -> bool:
-    """Whether so many records wait in a log that is to be fetched from, as far as the last fetch told."""
-    return any(
-        (assignment.state_value(TopicPartition(topic, partition)).highwater or 0) - offset > plenty
-        for topic, partitions in request.topics
-        for partition, offset, _ in partitions
-    )
+    """Whether so many records wait in the logs that are to be fetched from, as far as the last fetch told."""
+    waiting = 0
+    for topic, partitions in request.topics:
+        for partition, offset, _ in partitions:
+            end = assignment.state_value(TopicPartition(topic, partition)).highwater
+            waiting += max(0, end - offset) if end is not None else 0
+    return waiting > plenty
 
 
 class RecordBatchConsumer(driver.Consumer):
@@ -250,6 +281,8 @@ class RecordBatchConsumer(driver.Consumer):
     has cleared its queues and resumed the flow.
     """
 
+    _thread: _Thread
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         #: A poll brings no more clicks while this many are delivered and not yet acknowledged.
@@ -258,9 +291,8 @@ class RecordBatchConsumer(driver.Consumer):
         self.max_unacknowledged_bytes = _MOST_BYTES
         self._polling = asyncio.Lock()
         self._acknowledged = asyncio.Event()
-        # Message → when; weak: what Faust drops from its queues at a rebalance leaves by itself.
-        self._delivered: WeakKeyDictionary[Message, float] = WeakKeyDictionary()
-        self._seconds_under_way = 0.0  # the batch that was acknowledged last
+        # Weak: what Faust drops from its queues at a rebalance leaves by itself.
+        self._delivered: WeakSet[Message] = WeakSet()
         self._to_open: set[TP] = set()
         self._settled = False
         self._following: dict[TP, int] = {}  # source → the offset that is to be read next
@@ -294,9 +326,11 @@ class RecordBatchConsumer(driver.Consumer):
         if self.should_stop:
             return
         if polled and not self.flow_active:
+            self._thread.want_more(self._thread.polls)
             await self.perform_seek()
             return
-        brought = Polled({tp: polled[tp] for tp in polled if tp in active and tp not in changelogs})
+        computed = partial(self._thread.want_more, self._thread.polls)
+        brought = Polled({tp: polled[tp] for tp in polled if tp in active and tp not in changelogs}, computed)
         if brought and self.flow_active:
             message = self._batch(brought)
             yield message.tp, message
@@ -359,7 +393,7 @@ class RecordBatchConsumer(driver.Consumer):
         tp, records = next(iter(polled.items()))
         message = self._message(tp, records[-1:], records[-1].offset, polled)
         message.serialized_value_size = polled.bytes()
-        self._delivered[message] = time.monotonic()
+        self._delivered.add(message)
         return message
 
     def _changelog_batch(
@@ -372,11 +406,6 @@ class RecordBatchConsumer(driver.Consumer):
         """
         end = max([positions.get(tp, 0) - 1, *(record.offset for record in records[-1:])])
         return self._message(tp, records, end, ChangelogRecords(records, before.get(tp)))
-
-    def seconds_between_fetches(self) -> float:
-        """Half as long as the batch that was acknowledged last was under way, within bounds. From any thread."""
-        least, most = _FETCH_SECONDS
-        return min(max(least, self._seconds_under_way / 2), most)
 
     async def _has_room(self, timeout: float) -> bool:
         if self._is_below_limits():
@@ -410,9 +439,8 @@ class RecordBatchConsumer(driver.Consumer):
 
     def ack(self, message: Message) -> bool:
         """Acknowledge a batch, and let a poll that waits for room go on."""
-        delivered = self._delivered.pop(message, None)
-        if delivered is not None:
-            self._seconds_under_way = time.monotonic() - delivered
+        if message in self._delivered:
+            self._delivered.remove(message)
             for tp, offset in cast("Polled", message.value).ends().items():
                 if tp != message.tp:  # Faust takes care of that one
                     self._acked[tp].append(offset)
@@ -555,7 +583,7 @@ class RecordBatchConsumer(driver.Consumer):
     def _close_sources(self) -> None:
         self._to_open = set()
         self._settled = False
-        self._seconds_under_way = 0.0  # of others' clicks: what is to be restored now is fetched at once
+        self._thread.want_more(self._thread.polls)  # what was polled is dropped, and there are changelogs to restore
         # What Faust parked for a full queue would otherwise reopen when that queue is cleared.
         self._buffered_partitions.clear()
 

@@ -130,6 +130,7 @@ class Journal:
         self.before_the_computation: Callable[[], object] = lambda: None
         self.before_the_encoding: Callable[[], object] = lambda: None
         self.ends: list[Mapping[int, int]] = []
+        self.computed: list[str] = []
 
     def _future(self, step: str) -> asyncio.Future[Any]:
         self.steps.append(step)
@@ -171,7 +172,7 @@ class Journal:
                 found.insert(0, _Named(name))
                 found[0].offset = (ends or {3: len(records)})[tp.partition] - number
         return SimpleNamespace(
-            message=SimpleNamespace(value=Polled(polled)),
+            message=SimpleNamespace(value=Polled(polled, lambda: self.computed.append("+".join(records)))),
             ack=lambda: self.steps.append(f"ack {'+'.join(records)}"),
         )
 
@@ -392,6 +393,20 @@ async def test_poison_alone_becomes_a_dead_letter_and_is_acknowledged(
     await until(lambda: "dead-letters letter-poison" in journal.open)
     journal.acknowledge("dead-letters letter-poison")
     await until(lambda: "ack poison" in journal.steps)
+
+
+async def test_more_is_fetched_when_a_micro_batch_is_computed_though_nothing_of_it_is_sent(
+    journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]]
+) -> None:
+    computing = threading.Event()
+    journal.before_the_computation = lambda: computing.wait(5)
+    await pipeline[0].put(journal.event("a"))
+    await settled()
+    assert journal.computed == []
+    computing.set()
+    await until(lambda: bool(journal.computed))
+    assert journal.computed == ["a"]
+    assert not any(step.startswith("changelog") for step in journal.steps)
 
 
 async def test_a_delivery_learns_where_each_partition_goes_on(

@@ -19,6 +19,7 @@ from aiokafka.errors import KafkaConnectionError
 from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from faust.assignor.client_assignment import ClientAssignment
+from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from hypothesis import given
 from hypothesis import strategies as st
@@ -462,24 +463,92 @@ async def test_between_two_fetches_time_passes_for_more_clicks_to_come(
     assert min(pauses) > record_batches._FETCH_SECONDS[0] - 0.001  # uvloop's clock has milliseconds
 
 
-@pytest.mark.parametrize(("under_way", "pause"), [(0.0, 0.005), (0.04, 0.02), (3.0, 0.1)])
-async def test_fetches_are_half_as_far_apart_as_a_batch_is_under_way(
-    consumer: Consumer, under_way: float, pause: float
+@pytest.fixture
+async def wait(consumer: Consumer, monkeypatch: pytest.MonkeyPatch) -> Callable[[], asyncio.Task[None]]:
+    """Begins to wait as a fetch does that comes long after the one before; polls come through the consumer's thread."""
+    thread: Any = consumer._thread
+    answer = consumer._getmany
+
+    async def fetch(self: Any, client: Any, active: Any, *_: Any) -> Any:
+        return await answer(active, 0.0)
+
+    async def poll(active: Any, timeout: float) -> Any:  # noqa: ASYNC109  (Faust's name)
+        return await thread._fetch_records(None, active, timeout)
+
+    monkeypatch.setattr(driver.AIOKafkaConsumerThread, "_fetch_records", fetch)
+    monkeypatch.setattr(consumer, "_getmany", poll)
+    monkeypatch.setattr(thread, "thread_loop", asyncio.get_running_loop())
+    monkeypatch.setattr(record_batches, "_FETCH_SECONDS", (0.0, 60.0))
+    return lambda: asyncio.create_task(thread._wait_until_wanted(1.0))
+
+
+async def has_ended(task: asyncio.Task[None]) -> bool:
+    for _ in range(10):
+        await asyncio.sleep(0)
+    return task.done()
+
+
+async def test_the_next_fetch_waits_until_what_the_last_poll_brought_is_computed(
+    consumer: Consumer, wait: Callable[[], asyncio.Task[None]]
 ) -> None:
     await open_source(consumer)
-    [message] = await delivered(consumer, {SOURCE: records(0, 3)})
-    consumer._delivered[message] -= under_way
-    consumer.ack(message)
-    assert consumer.seconds_between_fetches() == pytest.approx(pause, abs=0.003)
+    assert await has_ended(wait())
+    [first] = await delivered(consumer, {SOURCE: records(0, 3)})
+    [second] = await delivered(consumer, {SOURCE: records(3, 3)})
+    fetch = wait()
+    first.value.computed()
+    assert not await has_ended(fetch)
+    second.value.computed()
+    assert await has_ended(fetch)
 
 
-async def test_what_a_rebalance_brings_is_fetched_without_regard_to_what_was_under_way(consumer: Consumer) -> None:
+@pytest.mark.parametrize(
+    "drop",
+    [lambda consumer: consumer.stop_flow(), lambda consumer: consumer.pause_partitions({SOURCE})],
+    ids=["stop", "pause"],
+)
+async def test_what_a_rebalance_drops_is_not_waited_for(
+    consumer: Consumer, wait: Callable[[], asyncio.Task[None]], drop: Callable[[Consumer], None]
+) -> None:
     await open_source(consumer)
-    [message] = await delivered(consumer, {SOURCE: records(0, 3)})
-    consumer._delivered[message] -= 3.0
-    consumer.ack(message)
-    consumer.stop_flow()
-    assert consumer.seconds_between_fetches() == record_batches._FETCH_SECONDS[0]
+    await delivered(consumer, {SOURCE: records(0, 3)})
+    fetch = wait()
+    drop(consumer)
+    assert await has_ended(fetch)
+
+
+async def test_nor_is_what_was_polled_while_the_flow_was_stopped(
+    consumer: Consumer, wait: Callable[[], asyncio.Task[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await open_source(consumer)
+    poll = consumer._getmany
+
+    async def poll_and_stop(active: Any, timeout: float) -> Any:  # noqa: ASYNC109  (Faust's name)
+        consumer.stop_flow()
+        return await poll(active, timeout)
+
+    monkeypatch.setattr(consumer, "_getmany", poll_and_stop)
+    assert await delivered(consumer, {SOURCE: records(0, 3)}) == []
+    assert await has_ended(wait())
+
+
+async def test_nobody_computes_what_a_changelog_brings(
+    consumer: Consumer, wait: Callable[[], asyncio.Task[None]]
+) -> None:
+    consumer.resume_partitions({CHANGELOG})
+    consumer.resume_flow()
+    await delivered(consumer, {CHANGELOG: records(0, 3, CHANGELOG)})
+    assert await has_ended(wait())
+
+
+async def test_what_is_never_computed_holds_no_fetch_up_for_long(
+    consumer: Consumer, wait: Callable[[], asyncio.Task[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await open_source(consumer)
+    await delivered(consumer, {SOURCE: records(0, 3)})
+    monkeypatch.setattr(record_batches, "_FETCH_SECONDS", (0.0, 1.05))
+    async with asyncio.timeout(10):
+        await wait()
 
 
 @pytest.mark.parametrize("end", ["stop", "on_thread_stop", "reassign"])
@@ -517,18 +586,22 @@ async def test_brokers_wait_for_their_own_fetches_alone_and_not_where_a_log_has_
             return True
 
     def state_value(tp: TopicPartition) -> Any:
-        return SimpleNamespace(highwater={0: None, 1: 110, 2: 111}[tp.partition])
+        return SimpleNamespace(highwater={0: None, 1: 110, 3: 11, 4: 5}[tp.partition])
 
-    def request(partition: int) -> Any:
-        return SimpleNamespace(topics=[("clicks", [(partition, 10, 1)])])
+    def request(partitions: list[int]) -> Any:
+        return SimpleNamespace(topics=[("clicks", [(partition, 10, 1) for partition in partitions])])
 
-    fetcher, assignment, pause = Fetcher(), SimpleNamespace(state_value=state_value), 0.2
-    record_batches._space_out(fetcher, lambda: pause, plenty=100)
-    for node, partition in [(1, 0), (2, 0), (1, 2), (1, 1)]:
-        assert await fetcher._proc_fetch_request(assignment, node, request(partition))
-    (_, first), (_, other), (_, plenty), (_, last) = sent
-    assert max(other - first, plenty - other) < pause / 2
-    assert last - plenty > pause - 0.001
+    async def pause(since_last: float) -> None:
+        paused.append(since_last)
+
+    fetcher, assignment, paused = Fetcher(), SimpleNamespace(state_value=state_value), list[float]()
+    record_batches._space_out(fetcher, pause, plenty=100)
+    for node, partitions in [(1, [0]), (2, [0]), (1, [1, 3]), (1, [0, 1, 4])]:
+        assert await fetcher._proc_fetch_request(assignment, node, request(partitions))
+    (_, plenty), (_, last) = sent[2:]
+    assert min(paused[:2]) > 1_000  # nothing was fetched from these before
+    assert paused[2] == pytest.approx(last - plenty, abs=0.1)
+    assert len(paused) == 3  # none where 101 wait in two logs
 
 
 async def test_a_thread_ends_in_order_though_a_fetch_waits_for_its_next_try(
