@@ -154,6 +154,8 @@ class Pipeline:
         clicks = polled_by(events[0]).count
         deadline = time.monotonic() + self._max_wait_seconds
         while clicks < self._max_batch:
+            if self._arrived.empty() and time.monotonic() < deadline:
+                polled_by(events[-1]).want_more()
             event = await self._next_event(deadline)
             if event is None:
                 break
@@ -186,7 +188,7 @@ class Pipeline:
     async def _encode(self) -> None:
         batch, computed = await self._prepared.get()
         await computed
-        polled_by(batch.events[-1]).computed()
+        polled_by(batch.events[-1]).want_more()
         self._room.release()
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._encode_thread, self._pack, batch)

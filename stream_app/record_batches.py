@@ -50,9 +50,9 @@ _LEAST_ROOM = 16_384
 _MOST_BYTES = 64 << 20
 
 
-#: Between two fetches from a broker, at least, and at most while what the last poll brought is not computed. What comes
-#: meanwhile is fetched, computed and written together, which every batch of every partition has a price for. On a quiet
-#: topic nothing waits, since a fetch is at the broker by then; nor where more lies in the log than a poll takes.
+#: From a fetch to the next one from the same broker, at least, and at most while what the last poll brought is not
+#: computed. What comes meanwhile is fetched, computed and written together, which every batch of every partition has a
+#: price for. On a quiet topic nothing waits, since a fetch is at the broker by then; nor where more than a poll waits.
 _FETCH_SECONDS = (0.005, 0.1)
 
 #: How long Kafka holds back its answer while there is nothing new, and how long a poll waits for it: what has to wait
@@ -95,20 +95,21 @@ class Polled(dict[TP, Sequence[Record]]):
 
     Args:
         records: by partition.
-        computed: to be called when these clicks are computed, from the event loop: more are fetched then.
+        want_more: to be called when these clicks are computed, or others are to be computed with them: unless a later
+            poll has brought some, more are fetched. Calling it again changes nothing.
 
     """
 
-    def __init__(self, records: Mapping[TP, Sequence[Record]], computed: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, records: Mapping[TP, Sequence[Record]], want_more: Callable[[], None] = lambda: None) -> None:
         super().__init__(records)
         self.count = sum(map(len, records.values()))
-        self.computed = computed
+        self.want_more = want_more
 
     def ends(self) -> dict[TP, int]:
         """Partition → the offset of its last record."""
         return {tp: records[-1].offset for tp, records in self.items()}
 
-    def bytes(self) -> int:
+    def byte_count(self) -> int:
         """What keys, values and headers take."""
         return sum(sum(map(_bytes_of, records)) for records in self.values())
 
@@ -129,21 +130,22 @@ class _Thread(driver.AIOKafkaConsumerThread):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        #: Polls that brought clicks; the last one's have been computed, or dropped, when more are wanted.
+        #: Polls that brought clicks. More are wanted when the last one's have been computed, or dropped.
         self.polls = 0
         self._wanted = asyncio.Event()
         self._wanted.set()
 
-    def want_more(self, poll: int) -> None:
-        """Go on fetching if this was the last poll. From any thread."""
+    def want_more(self, poll: int | None = None) -> None:
+        """Go on fetching, if this was the last poll. From any thread."""
         with suppress(RuntimeError):  # the thread has ended
-            self.thread_loop.call_soon_threadsafe(lambda: self._wanted.set() if poll == self.polls else None)
+            self.thread_loop.call_soon_threadsafe(lambda: self._wanted.set() if poll in (None, self.polls) else None)
 
     async def _wait_until_wanted(self, since_last: float) -> None:
+        """Wait before a fetch, which comes so many seconds after the last one from its broker."""
         least, most = _FETCH_SECONDS
         await asyncio.sleep(least - since_last)
         with suppress(TimeoutError):
-            async with asyncio.timeout(most - since_last):
+            async with asyncio.timeout(most - max(least, since_last)):
                 await self._wanted.wait()
 
     def _create_worker_consumer(self, transport: Any) -> Any:
@@ -291,7 +293,7 @@ class RecordBatchConsumer(driver.Consumer):
         self.max_unacknowledged_bytes = _MOST_BYTES
         self._polling = asyncio.Lock()
         self._acknowledged = asyncio.Event()
-        # Weak: what Faust drops from its queues at a rebalance leaves by itself.
+        # Weak, for what Faust drops on its way to the agent.
         self._delivered: WeakSet[Message] = WeakSet()
         self._to_open: set[TP] = set()
         self._settled = False
@@ -326,12 +328,12 @@ class RecordBatchConsumer(driver.Consumer):
         if self.should_stop:
             return
         if polled and not self.flow_active:
-            self._thread.want_more(self._thread.polls)
+            self._thread.want_more()
             await self.perform_seek()
             return
-        computed = partial(self._thread.want_more, self._thread.polls)
-        brought = Polled({tp: polled[tp] for tp in polled if tp in active and tp not in changelogs}, computed)
-        if brought and self.flow_active:
+        want_more = partial(self._thread.want_more, self._thread.polls)
+        brought = Polled({tp: polled[tp] for tp in polled if tp in active and tp not in changelogs}, want_more)
+        if brought:
             message = self._batch(brought)
             yield message.tp, message
         for tp in changelogs:
@@ -388,11 +390,10 @@ class RecordBatchConsumer(driver.Consumer):
         """What is delivered of the source partitions."""
         for each, records in polled.items():
             self._note_gap(each, records)
-        # What Faust does for the message's own partition, which would have to be behind what it has read last.
-        self._read_offset.update(polled.ends())
         tp, records = next(iter(polled.items()))
+        self._read_offset[tp] = records[-1].offset  # else Faust would drop all, should this be behind what it has read
         message = self._message(tp, records[-1:], records[-1].offset, polled)
-        message.serialized_value_size = polled.bytes()
+        message.serialized_value_size = polled.byte_count()
         self._delivered.add(message)
         return message
 
@@ -439,16 +440,12 @@ class RecordBatchConsumer(driver.Consumer):
 
     def ack(self, message: Message) -> bool:
         """Acknowledge a batch, and let a poll that waits for room go on."""
-        if message in self._delivered:
-            self._delivered.remove(message)
+        if not message.acked:
             for tp, offset in cast("Polled", message.value).ends().items():
-                if tp != message.tp:  # Faust takes care of that one
-                    self._acked[tp].append(offset)
+                self._acked[tp].append(offset)
+        self._delivered.discard(message)
         self._acknowledged.set()
         return super().ack(message)
-
-    async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
-        """Faust takes the offsets between two messages for a gap; here they are the batch."""
 
     def _new_offset(self, tp: TP) -> int | None:
         """The offset to commit: one past the last acknowledged batch.
@@ -583,7 +580,9 @@ class RecordBatchConsumer(driver.Consumer):
     def _close_sources(self) -> None:
         self._to_open = set()
         self._settled = False
-        self._thread.want_more(self._thread.polls)  # what was polled is dropped, and there are changelogs to restore
+        # What the agent has not taken is dropped, though Faust's last message lives on until there is another.
+        self._delivered.intersection_update(self._unacked_messages)
+        self._thread.want_more()
         # What Faust parked for a full queue would otherwise reopen when that queue is cleared.
         self._buffered_partitions.clear()
 

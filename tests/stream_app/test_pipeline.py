@@ -130,7 +130,7 @@ class Journal:
         self.before_the_computation: Callable[[], object] = lambda: None
         self.before_the_encoding: Callable[[], object] = lambda: None
         self.ends: list[Mapping[int, int]] = []
-        self.computed: list[str] = []
+        self.wanted: list[str] = []
 
     def _future(self, step: str) -> asyncio.Future[Any]:
         self.steps.append(step)
@@ -172,7 +172,7 @@ class Journal:
                 found.insert(0, _Named(name))
                 found[0].offset = (ends or {3: len(records)})[tp.partition] - number
         return SimpleNamespace(
-            message=SimpleNamespace(value=Polled(polled, lambda: self.computed.append("+".join(records)))),
+            message=SimpleNamespace(value=Polled(polled, lambda: self.wanted.append("+".join(records)))),
             ack=lambda: self.steps.append(f"ack {'+'.join(records)}"),
         )
 
@@ -395,18 +395,44 @@ async def test_poison_alone_becomes_a_dead_letter_and_is_acknowledged(
     await until(lambda: "ack poison" in journal.steps)
 
 
-async def test_more_is_fetched_when_a_micro_batch_is_computed_though_nothing_of_it_is_sent(
-    journal: Journal, pipeline: tuple[Pipeline, asyncio.Task[None]]
+async def test_more_is_fetched_when_a_micro_batch_is_computed_though_it_is_not_encoded(
+    journal: Journal,
 ) -> None:
-    computing = threading.Event()
+    computing, encoding = threading.Event(), threading.Event()
     journal.before_the_computation = lambda: computing.wait(5)
-    await pipeline[0].put(journal.event("a"))
-    await settled()
-    assert journal.computed == []
-    computing.set()
-    await until(lambda: bool(journal.computed))
-    assert journal.computed == ["a"]
-    assert not any(step.startswith("changelog") for step in journal.steps)
+    journal.before_the_encoding = lambda: encoding.wait(5)
+    async with a_pipeline(journal, max_batch=10) as (pipeline, _):
+        await pipeline.put(journal.event("a"))
+        await pipeline.put(journal.event("b"))
+        await settled()
+        assert journal.wanted == []
+        computing.set()
+        await until(lambda: bool(journal.wanted))
+        assert journal.wanted == ["b"]  # of one micro-batch; that of an earlier poll says nothing
+        encoding.set()
+
+
+async def test_more_is_fetched_while_a_micro_batch_waits_for_more(journal: Journal) -> None:
+    async with a_pipeline(journal, max_batch=10, max_wait_seconds=5.0) as (pipeline, _):
+        await pipeline.put(journal.event("a"))
+        await until(lambda: journal.wanted == ["a"])
+        await pipeline.put(journal.event("b"))
+        await until(lambda: journal.wanted == ["a", "b"])
+        assert not journal.open
+
+
+async def test_the_clicks_of_an_event_count_one_by_one(journal: Journal) -> None:
+    preparing = threading.Event()
+    journal.before_the_preparation = lambda: preparing.wait(5)
+    async with a_pipeline(journal, max_batch=3) as (pipeline, _):
+        await pipeline.put(journal.event("a"))
+        await pipeline.put(journal.event("b", "c"))
+        last = asyncio.create_task(pipeline.put(journal.event("d")))
+        await settled()
+        preparing.set()
+        changelog = await until_the_first_micro_batch_is_in_the_changelog(journal)
+        assert changelog == "changelog state-a+state-b+state-c"
+        await last
 
 
 async def test_a_delivery_learns_where_each_partition_goes_on(

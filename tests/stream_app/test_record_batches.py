@@ -281,7 +281,6 @@ async def test_faust_drops_no_poll_for_what_it_has_read_of_one_partition(consume
     consumer._read_offset[sources[0]] = 100
     (message,) = await delivered(consumer, {tp: records(3, 4, tp) for tp in sources})
     assert message.offset >= cast("int", consumer._read_offset[message.tp])
-    assert consumer._read_offset[sources[1]] == 6
 
 
 async def test_clicks_that_are_deleted_before_they_are_read_are_told_of_and_counted(
@@ -295,6 +294,47 @@ async def test_clicks_that_are_deleted_before_they_are_read_are_told_of_and_coun
             await delivered(consumer, {SOURCE: records(first, 5)})
     assert [(line["from_offset"], line["to_offset"]) for line in lines] == [(20, 25)]
     assert consumer.deleted_unread == 5
+
+
+async def test_deleted_clicks_of_every_partition_of_a_poll_are_counted(
+    consumer: Consumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_batches, "_GAP_SECONDS", 0.0)
+    sources = [TP("clicks", partition) for partition in range(2)]
+    await open_sources(consumer, *sources)
+    consumer.log_start = 12
+    for first in (0, 10):
+        await delivered(consumer, {tp: records(first, 5, tp) for tp in sources})
+    assert consumer.deleted_unread == 2 * 5
+
+
+async def test_every_partition_of_a_poll_is_behind_while_it_is_at_work(
+    consumer: Consumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [TP("clicks", partition) for partition in range(2)]
+    monkeypatch.setattr(consumer, "_positions", lambda: dict.fromkeys(sources, 100))  # all of it is read
+    monkeypatch.setattr(consumer, "assignment", lambda: {*sources})
+    await open_sources(consumer, *sources)
+    [message] = await delivered(consumer, {tp: records(98, 2, tp) for tp in sources})
+    assert consumer.lag() == {0: 100, 1: 100}
+    consumer.ack(message)
+    assert consumer.lag() == {0: 0, 1: 0}
+
+
+async def test_what_the_agent_never_took_takes_no_room_after_a_rebalance(consumer: Consumer) -> None:
+    """Faust's last message lives on in its loop until there is another, which would never come."""
+    await open_source(consumer)
+    consumer.max_unacknowledged_bytes = 1_000
+    [dropped] = await delivered(consumer, {SOURCE: records(0, 1, value=bytes(1_000))})
+    consumer.stop_flow()
+    await open_source(consumer)
+    assert consumer.is_idle
+    [taken] = await delivered(consumer, {SOURCE: records(0, 1, value=bytes(1_000))})
+    assert dropped is not taken
+    consumer._unacked_messages.add(taken)  # as Faust does when the agent gets it
+    consumer.stop_flow()
+    await open_source(consumer)
+    assert await delivered(consumer, {SOURCE: records(1, 1)}) == []
 
 
 async def test_what_was_read_between_two_gaps_is_not_taken_for_deleted(consumer: Consumer) -> None:
@@ -345,11 +385,13 @@ async def test_no_more_is_delivered_than_may_be_unacknowledged_though_faust_has_
     "content", [{"key": bytes(500)}, {"value": bytes(500)}, {"headers": [("h", bytes(499)), ("", None)]}], ids=str
 )
 async def test_nor_are_more_bytes_delivered_than_may_be_unacknowledged(consumer: Consumer, content: Any) -> None:
-    await open_source(consumer)
+    other = TP(SOURCE.topic, 1)
+    await open_sources(consumer, SOURCE, other)
     consumer.max_unacknowledged_bytes = 10_000
     queue = []
     for number in range(50):
-        queue += await delivered(consumer, {SOURCE: records(number * 4, 4, **content)})
+        polled = {tp: records(number * 2, 2, tp, **content) for tp in (SOURCE, other)}
+        queue += await delivered(consumer, polled)
     assert len(queue) == 5
     consumer.ack(queue.pop(0))
     assert len(await delivered(consumer, {SOURCE: records(20, 4)})) == 1
@@ -496,10 +538,27 @@ async def test_the_next_fetch_waits_until_what_the_last_poll_brought_is_computed
     [first] = await delivered(consumer, {SOURCE: records(0, 3)})
     [second] = await delivered(consumer, {SOURCE: records(3, 3)})
     fetch = wait()
-    first.value.computed()
+    first.value.want_more()
     assert not await has_ended(fetch)
-    second.value.computed()
+    second.value.want_more()
     assert await has_ended(fetch)
+
+
+async def test_it_waits_though_the_poll_brought_states_of_others_as_well(
+    consumer: Consumer, wait: Callable[[], asyncio.Task[None]]
+) -> None:
+    await open_source(consumer)
+    consumer.resume_partitions({CHANGELOG})
+    await delivered(consumer, {SOURCE: records(0, 3), CHANGELOG: records(0, 3, CHANGELOG)})
+    assert not await has_ended(wait())
+
+
+async def test_what_is_computed_after_the_thread_has_ended_asks_for_no_more() -> None:
+    with a_consumer() as consumer:
+        await open_source(consumer)
+        [message] = await delivered(consumer, {SOURCE: records(0, 3)})
+    assert consumer._thread.thread_loop.is_closed()
+    message.value.want_more()
 
 
 @pytest.mark.parametrize(
@@ -577,7 +636,17 @@ async def test_a_fetch_that_waits_for_its_time_holds_nobody_up(
                 assert not client._fetcher._fetch_task.cancelled()
 
 
-async def test_brokers_wait_for_their_own_fetches_alone_and_not_where_a_log_has_plenty() -> None:
+async def test_plenty_is_more_than_a_poll_brings(bootstrap: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(record_batches, "_space_out", lambda fetcher, pause, plenty: found.append(plenty))
+    with a_consumer(broker=f"kafka://{bootstrap}", broker_max_poll_records=123) as consumer:
+        await consumer._thread.on_start()
+        async with asyncio.timeout(30):
+            await consumer._thread.on_thread_stop()
+    assert found == [123]
+
+
+async def test_a_fetch_pauses_by_the_time_since_the_last_from_its_broker_and_not_where_plenty_waits() -> None:
     sent: list[tuple[int, float]] = []
 
     class Fetcher:
@@ -586,7 +655,7 @@ async def test_brokers_wait_for_their_own_fetches_alone_and_not_where_a_log_has_
             return True
 
     def state_value(tp: TopicPartition) -> Any:
-        return SimpleNamespace(highwater={0: None, 1: 110, 3: 11, 4: 5}[tp.partition])
+        return SimpleNamespace(highwater={0: None, 1: 110, 3: 11, 4: -190}[tp.partition])
 
     def request(partitions: list[int]) -> Any:
         return SimpleNamespace(topics=[("clicks", [(partition, 10, 1) for partition in partitions])])
