@@ -425,14 +425,12 @@ async def test_the_clicks_of_an_event_count_one_by_one(journal: Journal) -> None
     preparing = threading.Event()
     journal.before_the_preparation = lambda: preparing.wait(5)
     async with a_pipeline(journal, max_batch=3) as (pipeline, _):
-        await pipeline.put(journal.event("a"))
-        await pipeline.put(journal.event("b", "c"))
-        last = asyncio.create_task(pipeline.put(journal.event("d")))
+        puts = [asyncio.create_task(pipeline.put(journal.event(*names))) for names in ("a", "bc", "d")]
         await settled()
         preparing.set()
         changelog = await until_the_first_micro_batch_is_in_the_changelog(journal)
         assert changelog == "changelog state-a+state-b+state-c"
-        await last
+        await asyncio.gather(*puts)
 
 
 async def test_a_delivery_learns_where_each_partition_goes_on(
