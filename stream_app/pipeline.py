@@ -140,7 +140,6 @@ class Pipeline:
         loop = asyncio.get_running_loop()
         prepared = await loop.run_in_executor(self._prepare_thread, self._decode_and_load, events)
         computed = loop.run_in_executor(self._compute_thread, self._advance, batch, prepared)
-        polled_by(events[-1]).want_more()  # to be prepared while this is computed
         self._prepared.put_nowait((batch, computed))
 
     def _decode_and_load(self, events: Sequence[EventT[Any]]) -> _Prepared:
@@ -189,6 +188,7 @@ class Pipeline:
     async def _encode(self) -> None:
         batch, computed = await self._prepared.get()
         await computed
+        polled_by(batch.events[-1]).want_more()
         self._room.release()
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._encode_thread, self._pack, batch)

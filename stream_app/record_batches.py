@@ -50,8 +50,8 @@ _LEAST_ROOM = 16_384
 _MOST_BYTES = 64 << 20
 
 
-#: From a fetch to the next one from the same broker, at least, and at most while what the last poll brought is not yet
-#: prepared. What comes meanwhile is fetched, computed and written together, which every batch of every partition has a
+#: From a fetch to the next one from the same broker, at least, and at most while what the last poll brought is not
+#: computed. What comes meanwhile is fetched, computed and written together, which every batch of every partition has a
 #: price for. On a quiet topic nothing waits, since a fetch is at the broker by then; nor where more than a poll waits.
 _FETCH_SECONDS = (0.005, 0.1)
 
@@ -95,8 +95,8 @@ class Polled(dict[TP, Sequence[Record]]):
 
     Args:
         records: by partition.
-        want_more: to be called when others could be prepared: unless a later poll has brought some, more are fetched.
-            Calling it again changes nothing.
+        want_more: to be called when these clicks are computed, or others are to be computed with them: unless a later
+            poll has brought some, more are fetched. Calling it again changes nothing.
 
     """
 
@@ -130,7 +130,7 @@ class _Thread(driver.AIOKafkaConsumerThread):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        #: Polls that brought clicks. More are wanted when the last one's have been prepared, or dropped.
+        #: Polls that brought clicks. More are wanted when the last one's have been computed, or dropped.
         self.polls = 0
         self._wanted = asyncio.Event()
         self._wanted.set()

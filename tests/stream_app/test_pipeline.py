@@ -395,19 +395,21 @@ async def test_poison_alone_becomes_a_dead_letter_and_is_acknowledged(
     await until(lambda: "ack poison" in journal.steps)
 
 
-async def test_more_is_fetched_when_a_micro_batch_is_prepared_though_it_is_not_computed(journal: Journal) -> None:
-    preparing, computing = threading.Event(), threading.Event()
-    journal.before_the_preparation = lambda: preparing.wait(5)
+async def test_more_is_fetched_when_a_micro_batch_is_computed_though_it_is_not_encoded(
+    journal: Journal,
+) -> None:
+    computing, encoding = threading.Event(), threading.Event()
     journal.before_the_computation = lambda: computing.wait(5)
+    journal.before_the_encoding = lambda: encoding.wait(5)
     async with a_pipeline(journal, max_batch=10) as (pipeline, _):
         await pipeline.put(journal.event("a"))
         await pipeline.put(journal.event("b"))
         await settled()
         assert journal.wanted == []
-        preparing.set()
+        computing.set()
         await until(lambda: bool(journal.wanted))
         assert journal.wanted == ["b"]  # of one micro-batch; that of an earlier poll says nothing
-        computing.set()
+        encoding.set()
 
 
 async def test_more_is_fetched_while_a_micro_batch_waits_for_more(journal: Journal) -> None:

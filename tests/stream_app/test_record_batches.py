@@ -530,7 +530,7 @@ async def has_ended(task: asyncio.Task[None]) -> bool:
     return task.done()
 
 
-async def test_the_next_fetch_waits_until_more_is_wanted_than_the_last_poll_brought(
+async def test_the_next_fetch_waits_until_what_the_last_poll_brought_is_computed(
     consumer: Consumer, wait: Callable[[], asyncio.Task[None]]
 ) -> None:
     await open_source(consumer)
@@ -553,7 +553,7 @@ async def test_it_waits_though_the_poll_brought_states_of_others_as_well(
     assert not await has_ended(wait())
 
 
-async def test_what_is_prepared_after_the_thread_has_ended_asks_for_no_more() -> None:
+async def test_what_is_computed_after_the_thread_has_ended_asks_for_no_more() -> None:
     with a_consumer() as consumer:
         await open_source(consumer)
         [message] = await delivered(consumer, {SOURCE: records(0, 3)})
@@ -591,7 +591,7 @@ async def test_nor_is_what_was_polled_while_the_flow_was_stopped(
     assert await has_ended(wait())
 
 
-async def test_what_a_changelog_brings_is_not_waited_for(
+async def test_nobody_computes_what_a_changelog_brings(
     consumer: Consumer, wait: Callable[[], asyncio.Task[None]]
 ) -> None:
     consumer.resume_partitions({CHANGELOG})
@@ -600,7 +600,7 @@ async def test_what_a_changelog_brings_is_not_waited_for(
     assert await has_ended(wait())
 
 
-async def test_what_is_never_prepared_holds_no_fetch_up_for_long(
+async def test_what_is_never_computed_holds_no_fetch_up_for_long(
     consumer: Consumer, wait: Callable[[], asyncio.Task[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await open_source(consumer)
