@@ -234,21 +234,15 @@ async def test_a_rebalance_closes_the_sources_until_the_next_seek(consumer: Cons
     assert len(await delivered(consumer, {SOURCE: records(0, 3)})) == 1
 
 
-async def open_source(consumer: Consumer) -> None:
-    consumer.resume_partitions({SOURCE})
-    await consumer.perform_seek()
-    consumer.resume_flow()
-
-
-async def open_sources(consumer: Consumer, *sources: TP) -> None:
-    consumer.resume_partitions({*sources})
+async def open_source(consumer: Consumer, *sources: TP) -> None:
+    consumer.resume_partitions({*sources} or {SOURCE})
     await consumer.perform_seek()
     consumer.resume_flow()
 
 
 async def test_the_clicks_of_one_poll_are_one_message(consumer: Consumer) -> None:
     sources = [TP("clicks", partition) for partition in range(3)]
-    await open_sources(consumer, *sources[:2])
+    await open_source(consumer, *sources[:2])
     consumer.resume_partitions({CHANGELOG})
     polled = {tp: records(10, 2 + tp.partition, tp) for tp in (CHANGELOG, *sources)}
     (message, restored) = await delivered(consumer, polled)
@@ -263,7 +257,7 @@ async def test_what_is_acknowledged_is_committed_for_every_partition_of_its_poll
 ) -> None:
     sources = [TP("clicks", partition) for partition in range(3)]
     monkeypatch.setattr(consumer.app.topics, "acks_enabled_for", lambda topic: topic == "clicks")
-    await open_sources(consumer, *sources)
+    await open_source(consumer, *sources)
     (first,) = await delivered(consumer, {sources[0]: records(0, 2, sources[0]), sources[1]: records(5, 1, sources[1])})
     (later,) = await delivered(consumer, {sources[1]: records(6, 1, sources[1]), sources[2]: records(7, 2, sources[2])})
     for message, ends in ((first, {0: 2, 1: 6}), (later, {1: 7, 2: 9})):
@@ -277,7 +271,7 @@ async def test_what_is_acknowledged_is_committed_for_every_partition_of_its_poll
 async def test_faust_drops_no_poll_for_what_it_has_read_of_one_partition(consumer: Consumer) -> None:
     """It knows a message by its first partition, and passes over those that lie behind what it has read there."""
     sources = [TP("clicks", partition) for partition in range(2)]
-    await open_sources(consumer, *sources)
+    await open_source(consumer, *sources)
     consumer._read_offset[sources[0]] = 100
     (message,) = await delivered(consumer, {tp: records(3, 4, tp) for tp in sources})
     assert message.offset >= cast("int", consumer._read_offset[message.tp])
@@ -301,7 +295,7 @@ async def test_deleted_clicks_of_every_partition_of_a_poll_are_counted(
 ) -> None:
     monkeypatch.setattr(record_batches, "_GAP_SECONDS", 0.0)
     sources = [TP("clicks", partition) for partition in range(2)]
-    await open_sources(consumer, *sources)
+    await open_source(consumer, *sources)
     consumer.log_start = 12
     for first in (0, 10):
         await delivered(consumer, {tp: records(first, 5, tp) for tp in sources})
@@ -314,7 +308,7 @@ async def test_every_partition_of_a_poll_is_behind_while_it_is_at_work(
     sources = [TP("clicks", partition) for partition in range(2)]
     monkeypatch.setattr(consumer, "_positions", lambda: dict.fromkeys(sources, 100))  # all of it is read
     monkeypatch.setattr(consumer, "assignment", lambda: {*sources})
-    await open_sources(consumer, *sources)
+    await open_source(consumer, *sources)
     [message] = await delivered(consumer, {tp: records(98, 2, tp) for tp in sources})
     assert consumer.lag() == {0: 100, 1: 100}
     consumer.ack(message)
@@ -386,7 +380,7 @@ async def test_no_more_is_delivered_than_may_be_unacknowledged_though_faust_has_
 )
 async def test_nor_are_more_bytes_delivered_than_may_be_unacknowledged(consumer: Consumer, content: Any) -> None:
     other = TP(SOURCE.topic, 1)
-    await open_sources(consumer, SOURCE, other)
+    await open_source(consumer, SOURCE, other)
     consumer.max_unacknowledged_bytes = 10_000
     queue = []
     for number in range(50):
