@@ -5,8 +5,8 @@
 The parts are called as a micro-batch of 4,096 clicks calls them, one after the other in one thread; parts that the
 micro-batch does inline are what is left of the whole. States are read from and written to one database here, warm. What
 the worker takes beyond these parts is Faust, aiokafka, the event loops, and that its threads wait for one another. The
-worker and the broker are processes of their own, of which
-the system says how much CPU time they took while a backlog was worked off.
+worker and the broker are processes of their own, of which the system says how much CPU time they took while a backlog
+was worked off.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from stream_app.messages import ClickLimits, decode_clicks
 from stream_app.micro_batch import MicroBatcher
 from stream_app.publisher import Publisher
 from stream_app.recommendations import Lists, RecommendationEncoder
-from stream_app.state_table import open_database
+from stream_app.state_table import open_database, write_in_time
 
 CLICKS, PARTITIONS, USERS, ITEMS = 4_096, 8, 50_000, 3_416
 BACKLOG = 400_000
@@ -134,10 +134,14 @@ async def parts(folder: Path, rounds: int) -> dict[str, float]:
 
 def write(database: rocksdict.Rdict, rows: list[tuple[bytes, bytes]]) -> None:
     """As the table does."""
-    batch = rocksdict.WriteBatch(raw_mode=True)
-    for key, state in rows:
-        batch.put(key, state)
-    database.write(batch)
+
+    def batch() -> rocksdict.WriteBatch:
+        made = rocksdict.WriteBatch(raw_mode=True)
+        for key, state in rows:
+            made.put(key, state)
+        return made
+
+    write_in_time(database, batch)
 
 
 def micro_batch_of(batcher: MicroBatcher, batches: list[list[Record]], states: Mapping[bytes, bytes]) -> None:
@@ -158,7 +162,7 @@ def micro_batch() -> list[list[Record]]:
         for offset in range(CLICKS // PARTITIONS):
             user = f"user-{rng.integers(USERS // PARTITIONS) * PARTITIONS + partition}"
             event = {"user_id": user, "item_id": f"item-{rng.integers(1, ITEMS + 1)}", "timestamp_ms": NOW_MS + offset}
-            # The states know offsets below 2,048: only a click behind them is applied.
+            # The states know offsets below 4,096: only a click behind them is applied.
             records.append(Record("clicks", partition, CLICKS + offset, user.encode(), orjson.dumps(event)))
         batches.append(records)
     return batches

@@ -352,7 +352,7 @@ class UserStateStore(SerializedStore):
             return made
 
         with self._disk_errors_explained(partition):
-            _write_in_time(self._database(partition), batch)
+            write_in_time(self._database(partition), batch)
         self._held[partition] = offset
         self._overtaken[partition] = overtaken
 
@@ -413,7 +413,7 @@ class UserStateStore(SerializedStore):
             made.put(_CHANGELOG_ID, self._changelog_id)
             return made
 
-        _write_in_time(database, batch)
+        write_in_time(database, batch)
 
     @contextmanager
     def _disk_errors_explained(self, partition: int) -> Iterator[None]:
@@ -537,7 +537,7 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _write_in_time(database: rocksdict.Rdict, batch: Callable[[], rocksdict.WriteBatch]) -> None:
+def write_in_time(database: rocksdict.Rdict, batch: Callable[[], rocksdict.WriteBatch]) -> None:
     """Write a batch, which is made anew for each try, though RocksDB would have to wait for its disk.
 
     It would wait with the interpreter's lock, so that the whole worker stands still, and for ever where the disk is

@@ -662,7 +662,7 @@ async def test_a_write_that_waits_for_a_full_disk_ends_with_a_line(disk, monkeyp
     monkeypatch.setattr(state_table, "_STALL_LOOK_SECONDS", 0.05)
     await disk.fill(0)
     with pytest.raises(StateError, match=r"can't be used \(.*No space left.*: see to its disk"):
-        state_table._write_in_time(StalledDatabase(disk.folder), bytes)
+        state_table.write_in_time(StalledDatabase(disk.folder), bytes)
     assert list(disk.folder.iterdir()) == []
 
 
@@ -670,7 +670,7 @@ async def test_a_write_does_not_wait_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(state_table, "_STALL_LOOK_SECONDS", 0.05)
     monkeypatch.setattr(state_table, "_STALL_SECONDS", 0.2)
     with pytest.raises(StateError, match=r"RocksDB has waited for it for 0\.2 seconds\): see to its disk"):
-        state_table._write_in_time(StalledDatabase(tmp_path), bytes)
+        state_table.write_in_time(StalledDatabase(tmp_path), bytes)
     assert list(tmp_path.iterdir()) == []
 
 
