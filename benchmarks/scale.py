@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import statistics
 import tempfile
 import time
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--clicks", type=int, default=400_000)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    logging.getLogger("aiokafka").setLevel(logging.ERROR)  # a warning for each partition of a new topic, retried
     print(f"{machine('faust-streaming', 'aiokafka', 'rocksdict')}\n{options.clicks} clicks, {options.rounds} rounds")
     with tempfile.TemporaryDirectory() as folder:
         costs, most_mb = measure(Path(folder), options.cases, options.clicks, options.rounds)
