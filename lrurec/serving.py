@@ -195,9 +195,10 @@ class ChunkedRanker:
 
 def ranker_of(table: Float32[np.ndarray, "v d"], bias: Float32[np.ndarray, " v"]) -> Ranker:
     """The fastest that this CPU has the instructions for; row 0 is the padding item's, and never ranked."""
-    if not filtered_ranking.is_supported():
+    products = filtered_ranking.supported()
+    if not products or table.shape[1] > filtered_ranking.WIDEST:
         return ChunkedRanker(table, bias)
-    return filtered_ranking.FilteredRanker(table[1:], bias[1:])
+    return filtered_ranking.FilteredRanker(table[1:], bias[1:], products[0])
 
 
 def chunks_of_items(

@@ -9,13 +9,20 @@ from lrurec import filtered_ranking
 from lrurec.byte_kernels import exact_score
 from lrurec.filtered_ranking import FilteredRanker
 
-pytestmark = pytest.mark.skipif(not filtered_ranking.is_supported(), reason="this CPU doesn't multiply bytes (VNNI)")
+pytestmark = pytest.mark.skipif(not filtered_ranking.supported(), reason="this CPU doesn't multiply bytes (VNNI, AVX2)")
 
 
 def ranked(table, bias, encodings, wanted, seen, k):
-    items, scores = np.empty((len(wanted), k), np.int32), np.empty((len(wanted), k), np.float32)
-    FilteredRanker(table, bias).rank(encodings, wanted, seen, items, scores)
-    return items, scores
+    """By each instruction of this CPU; they agree to the bit."""
+    lists = []
+    for product in filtered_ranking.supported():
+        items, scores = np.empty((len(wanted), k), np.int32), np.empty((len(wanted), k), np.float32)
+        FilteredRanker(table, bias, product).rank(encodings, wanted, seen, items, scores)
+        lists.append((items, scores))
+    for items, scores in lists[1:]:
+        np.testing.assert_array_equal(items, lists[0][0])
+        np.testing.assert_array_equal(scores, lists[0][1])
+    return lists[0]
 
 
 def sorted_in_full(table, bias, encoding, seen, k):
@@ -72,6 +79,22 @@ def test_a_large_catalogue_in_any_order_is_ranked_right(order):
     assert_equal_to_a_full_sort(table, bias, encodings, np.zeros((7, 0), np.int32), 10)
 
 
+@pytest.mark.parametrize("alike", [False, True])
+def test_what_comes_after_thousands_of_longer_items_is_ranked_right(alike):
+    # Those come first by their length, all of it across every encoding. After them groups of low biases beside high, or
+    # of items that byte products can hardly tell apart.
+    rng = np.random.default_rng(7)
+    bias = np.concatenate([np.zeros(4_096), np.zeros(400) if alike else rng.uniform(-5, 5, 400)]).astype(np.float32)
+    table = np.zeros((len(bias), 16), np.float32)
+    table[:4_096, 0] = 30
+    directions = rng.standard_normal(15) + (1e-3 if alike else 1) * rng.standard_normal((400, 15))
+    lengths = 10 - bias[4_096:] / 2
+    table[4_096:, 1:] = directions / np.linalg.norm(directions, axis=1, keepdims=True) * lengths[:, None]
+    encodings = 0.3 * rng.standard_normal((40, 16)).astype(np.float32)
+    encodings[:, 0] = 0
+    assert_equal_to_a_full_sort(table, bias, encodings, np.zeros((40, 0), np.int32), 10)
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-20, 1e15])
 def test_encodings_of_any_size_are_ranked_right(scale):
     rng = np.random.default_rng(4)
@@ -97,3 +120,14 @@ def test_an_encoding_that_is_no_number_gives_an_empty_list():
     items, scores = ranked(table, bias, encodings, np.array([0]), np.zeros((1, 0), np.int32), 3)
     assert not items.any()
     assert np.isneginf(scores).all()
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 8, 64, 70, 513, 3_000])
+def test_products_as_large_as_bytes_can_make_them_are_summed_right(width):
+    # Rows along an encoding, and against it, have the greatest products; rows of one number the most of them.
+    rng = np.random.default_rng(6)
+    encodings = np.stack([np.ones(width), rng.standard_normal(width), np.eye(width)[0]]).astype(np.float32)
+    directions = np.concatenate([encodings, -encodings]).repeat(30, 0)
+    table = (directions * (1 + rng.random((len(directions), 1)) / 50)).astype(np.float32)
+    seen = np.zeros((3, 0), np.int32)
+    assert_equal_to_a_full_sort(table, np.zeros(len(table), np.float32), encodings, seen, 20)
