@@ -27,7 +27,6 @@ import numpy as np
 import orjson
 import rocksdict
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from threadpoolctl import threadpool_limits
 
 from benchmarks import backlog
 from benchmarks.machine import cpu_seconds, processor
@@ -65,8 +64,7 @@ def main() -> None:
     print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}; CPU microseconds a click")
     with tempfile.TemporaryDirectory() as folder:
         backlog.write_bundle(Path(folder) / "bundle", ITEMS)
-        with threadpool_limits(1, user_api="blas"):  # as in a worker
-            costs = asyncio.run(parts(Path(folder), options.rounds))
+        costs = asyncio.run(parts(Path(folder), options.rounds))
         costs |= processes(Path(folder))
     for name, cost in costs.items():
         print(f"{name:>34}: {cost:6.2f}")

@@ -24,7 +24,7 @@ import torch
 from benchmarks.machine import processor
 from lrurec.config import LRURecConfig
 from lrurec.model import LRURec
-from lrurec.serving import ChunkedRanker, Ranker, ranker_of
+from lrurec.serving import FullRanker, Ranker, ranker_of
 from lrurec.threads import limited_threads
 
 TOP_K, SEEN = 10, 100
@@ -58,7 +58,7 @@ def measure(items: int, width: int, rounds: int) -> None:
     encodings = torch.nn.functional.layer_norm(torch.randn(clicks, width), [width])
     seen = np.random.default_rng(0).integers(1, items + 1, (clicks, SEEN)).astype(np.int32)
     table, bias = (each.detach().numpy() for each in (model.item_embedding.weight, model.item_bias))
-    rankers = {"float32": ChunkedRanker(table, bias), "lrurec": ranker_of(table, bias)}
+    rankers = {"float32": FullRanker(table, bias), "lrurec": ranker_of(table, bias)}
     check(model, encodings, seen, rankers)
     run = min(RUNS, key=lambda length: _seconds(lambda: by_torch(model, encodings, length)))
     ways: dict[str, Callable[[], object]] = {"torch": lambda: by_torch(model, encodings, run)}

@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from lrurec.byte_products import ITEMS, ROWS, multiply
 from lrurec.compiled import compiled
+from lrurec.products import COLUMNS as ITEMS
+from lrurec.products import ROWS, multiply
 
 #: What float32 may err by in a sum of d products, with room to spare: (d + SPARE) · 2⁻²² of |x| |E_v|.
 SPARE = 16
@@ -198,13 +199,13 @@ def rank(encodings, wanted, items, seen, top_items, top_scores):
     top_items[:] = 0
     top_scores[:] = -np.inf
     tiles = -(-m // ROWS)
-    x = np.zeros((tiles, steps, ROWS), np.int32)
+    x = np.zeros((tiles, ROWS, steps), np.int32)
     factor = np.ones((tiles, ROWS), np.float32)
     inside, outside = np.zeros((tiles, ROWS), np.float32), np.zeros((tiles, ROWS), np.float32)
     for row in range(m):
         tile, r = row // ROWS, row % ROWS
         factor[tile, r], inside[tile, r], outside[tile, r] = _quantise_row(
-            encodings[wanted[row]], words.itemsize, levels, longest, x[tile, :, r]
+            encodings[wanted[row]], words.itemsize, levels, longest, x[tile, r]
         )
         # What float32 may err by, in s and in the s̃ that is compared: both are sums of about d products.
         outside[tile, r] += inside[tile, r] * _float32((width + SPARE) * 2.0**-22)

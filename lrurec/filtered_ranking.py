@@ -27,14 +27,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from jaxtyping import Float32, Int16, Int32, Int64
-from llvmlite import binding
 
 from lrurec import byte_kernels
 from lrurec.byte_kernels import SPARE
-from lrurec.byte_products import ITEMS, items_of_a_pass
+from lrurec.products import COLUMNS as ITEMS
+from lrurec.products import cpu_features, pack
 
 #: Items that score high about as often; among them, those of about the same bias make a group.
 _RUN = 4_096
@@ -60,11 +59,8 @@ AVX2 = Product(np.int16, 63, 181.0)
 
 
 def supported() -> list[Product]:
-    """The instructions that this CPU has and numba compiles for, fastest first."""
-    config = numba.config  # NUMBA_CPU_NAME and NUMBA_CPU_FEATURES compile for another one
-    if getattr(config, "CPU_NAME", None) or getattr(config, "CPU_FEATURES", None):
-        return []
-    features = binding.get_host_cpu_features()
+    """The instructions that this CPU has, fastest first."""
+    features = cpu_features()
     return [each for each, name in ((VNNI, "avx512vnni"), (AVX2, "avx2")) if features.get(name, False)]
 
 
@@ -126,11 +122,9 @@ def _quantise(table: np.ndarray, bias: np.ndarray, product: Product) -> Items:
     order = np.lexsort((-bias, run))
     table, bias = np.ascontiguousarray(table[order]), bias[order]
     items, width = table.shape
-    bytes_in_word = np.dtype(product.word).itemsize
-    at_once = items_of_a_pass(bytes_in_word)
-    groups, words = -(-items // ITEMS), -(-width // bytes_in_word)
-    padded = np.zeros((groups * ITEMS, words * bytes_in_word), np.float32)
-    padded[:items, :width] = table
+    groups = -(-items // ITEMS)
+    padded = np.zeros((groups * ITEMS, width), np.float32)
+    padded[:items] = table
     norm = np.linalg.norm(padded.astype(np.float64), axis=1)
     longest = product.longest - np.sqrt(width) / 2 - 1
     largest = np.maximum(np.abs(padded).max(1), np.finfo(np.float32).tiny * 128)
@@ -141,7 +135,6 @@ def _quantise(table: np.ndarray, bias: np.ndarray, product: Product) -> Items:
     biases = np.full(groups * ITEMS, -np.inf, np.float32)
     biases[:items] = bias
     magnitude = np.where(np.isfinite(biases), np.abs(biases), 0).reshape(groups, ITEMS).max(1)
-    lanes = rounded.astype(np.int8).reshape(groups, -1, at_once, words, bytes_in_word).transpose(0, 1, 3, 2, 4)
 
     def upper(values: np.ndarray) -> np.ndarray:
         largest: np.ndarray = np.nextafter(values.reshape(groups, ITEMS).max(1).astype(np.float32), np.float32(np.inf))
@@ -151,7 +144,7 @@ def _quantise(table: np.ndarray, bias: np.ndarray, product: Product) -> Items:
         table,
         order.astype(np.int32) + np.int32(1),
         np.concatenate([[-1], np.argsort(order)]).astype(np.int32),
-        np.ascontiguousarray(lanes).view(product.word).reshape(groups, -1, words, at_once),
+        pack(rounded.astype(np.int8), np.dtype(product.word)),
         (-(product.levels + 1) * rounded.sum(1)).astype(np.int32).astype(product.word).reshape(groups, ITEMS),
         scale,
         biases.reshape(groups, ITEMS),

@@ -1,26 +1,22 @@
 """The loops of serving, compiled: one recurrent step per click, and an exact top-K that never writes the score matrix.
 
 Each public function runs without the GIL, so that the event loop beside it goes on (an eager torch step takes the GIL
-back at every operator). Matrix products are BLAS calls on tiles of a fixed number of rows: a click's result has the
-same bits whatever else is in its micro-batch, so a click that is computed again after a crash gives the same answer.
+back at every operator). A click's result has the same bits whatever else is in its micro-batch (`products.multiply`),
+so a click that is computed again after a crash gives the same answer.
 
-Axes: n clicks, p clicks padded up to whole tiles, u users, l blocks, d width, h complex channels, v items.
+Axes: n clicks, u users, l blocks, d width, w = 4d, h complex channels, v items in g groups of `COLUMNS`.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg.cython_blas  # noqa: F401  (numba's np.dot calls it; loaded here so that its threads can be limited)
 from numba import njit
 
 from lrurec.compiled import compiled
+from lrurec.products import COLUMNS, ROWS, multiply
 
-#: Rows of one matrix product. OpenBLAS takes another route, with other rounding, for products under a million
-#: multiplications: 32 rows keep every layer of a usual model above that, or below it, for every batch.
-TILE = 32
-
-#: Multiplications up to which OpenBLAS takes that other route.
-_SMALL_PRODUCT = 1_000_000
+#: Clicks that go through a layer together: with one layer's weights they fit in a core's second-level cache.
+_STRIP = 16 * ROWS
 
 _HALF_MAX = np.float32(65504.0)
 _HALF_SMALLEST_NORMAL = np.float32(2.0**-14)
@@ -120,8 +116,8 @@ def _erf(x):
 
 @njit(fastmath={"reassoc"}, nogil=True)
 def _layer_norm(x, weight, bias, epsilon):
-    """Each row of x to mean 0 and variance 1, then scaled and shifted, in place."""
-    rows, width = x.shape
+    """As many numbers of each row of x as there are weights, to mean 0 and variance 1, scaled and shifted, in place."""
+    rows, width = x.shape[0], weight.shape[0]
     for row in range(rows):
         mean = np.float32(0)
         for i in range(width):
@@ -136,34 +132,39 @@ def _layer_norm(x, weight, bias, epsilon):
 
 
 @njit(nogil=True, error_model="numpy")  # Python's would ask before each division, and the loop wouldn't be vectorised
-def _add_bias_and_gelu(x, bias):
-    """x ← GELU(x + bias), the exact form with erf, in place."""
+def _gelu(x):
+    """x ← GELU(x), the exact form with erf, in place."""
     rows, width = x.shape
     for row in range(rows):
         for i in range(width):
-            y = x[row, i] + bias[i]
+            y = x[row, i]
             x[row, i] = np.float32(0.5) * y * (np.float32(1) + _erf(y * np.float32(0.7071067811865476)))
 
 
 @njit(nogil=True)
-def _add_residual(x, bias, residual):
-    """x ← x + bias + residual, in place."""
+def _add(x, y):
+    """x ← x + y."""
     rows, width = x.shape
     for row in range(rows):
         for i in range(width):
-            x[row, i] += bias[i] + residual[row, i]
+            x[row, i] += y[row, i]
 
 
 @njit(nogil=True)
-def _product(x, weight, out):
-    """out ← x·weight, tile by tile; x has whole tiles."""
-    for start in range(0, x.shape[0], TILE):
-        np.dot(x[start : start + TILE], weight, out[start : start + TILE])
+def _product(x, weight, start, out):
+    """out ← x·weight + start, for whole tiles of `ROWS` rows."""
+    least = np.zeros(ROWS, np.float32)
+    words = weight.shape[2]
+    for group in range(weight.shape[0]):
+        columns = slice(group * COLUMNS, (group + 1) * COLUMNS)
+        for first in range(0, x.shape[0], ROWS):
+            rows = slice(first, first + ROWS)
+            multiply(x[rows, :words], weight[group], start[group], least, out[rows, columns])
 
 
 @njit(nogil=True)
-def _recur(users, bu, bias, decay, hidden, block, half):
-    """h ← λh + γ(Bx + b), click after click; bu holds γBx of each click going in and h after it coming out.
+def _recur(users, bu, decay, hidden, block, half):
+    """h ← λh + γ(Bx + b), click after click; bu holds γ(Bx + b) of each click going in and h after it coming out.
 
     Rounded to float16 after every click where the state is stored so: what a click gives then never depends on which
     clicks shared its micro-batch.
@@ -174,8 +175,8 @@ def _recur(users, bu, bias, decay, hidden, block, half):
         drive = bu[click]
         for c in range(channels):
             re, im = state[0, c], state[1, c]
-            new_re = decay[0, c] * re - decay[1, c] * im + drive[c] + bias[c]
-            new_im = decay[0, c] * im + decay[1, c] * re + drive[channels + c] + bias[channels + c]
+            new_re = decay[0, c] * re - decay[1, c] * im + drive[c]
+            new_im = decay[0, c] * im + decay[1, c] * re + drive[channels + c]
             if half:
                 new_re, new_im = _to_half(new_re), _to_half(new_im)
             state[0, c], state[1, c] = new_re, new_im
@@ -183,20 +184,19 @@ def _recur(users, bu, bias, decay, hidden, block, half):
 
 
 @compiled(nogil=True)
-def advance(users, items, weights, hidden, half, rows, first, clicks, encodings, wide, seen, counts):
+def advance(users, items, weights, hidden, half, rows, first, clicks, encodings, seen, counts):
     """One recurrent step per click, and what each click's user has seen after it.
 
     Args:
         users: (n,) row of each click's user; clicks of one user in their order.
         items: (n,) item row of each click, 1..v.
-        weights: `FoldedWeights`.
+        weights: `FoldedWeights`, packed (`serving.packed`).
         hidden: (u, l, 2, h) float32, real and imaginary parts of every user's state; advanced in place.
         half: round the hidden state to float16 after every click.
         rows: (u, s) int32 with a ring of R item rows in columns `first` to `first + R`, advanced in place.
         first: the first of them.
         clicks: (u,) int64 clicks so far, advanced in place.
-        encodings: (p, d) float32, out: what the item scores are computed from.
-        wide: (p, 4d) float32 scratch.
+        encodings: (n, d) float32, out: what the item scores are computed from.
         seen: (n, R) int32, out: the ring after each click, 0 where it is not full yet.
         counts: (n,) int64, out: clicks of the user after each click.
 
@@ -204,23 +204,28 @@ def advance(users, items, weights, hidden, half, rows, first, clicks, encodings,
     embedded, in_weight, in_bias, decay, out_weight, out_bias, norm_1, up, up_bias, down, down_bias, norm_2, eps = (
         weights
     )
-    n = users.shape[0]
-    x = encodings
-    for click in range(n):
-        x[click] = embedded[items[click]]
-    x[n:] = np.float32(0)
-    y = np.empty_like(x)
-    for block in range(in_weight.shape[0]):
-        _product(x, in_weight[block], wide)
-        _recur(users, wide, in_bias[block], decay[block], hidden, block, half)
-        _product(wide, out_weight[block], y)
-        _add_residual(y, out_bias[block], x)
-        _layer_norm(y, norm_1[block, 0], norm_1[block, 1], eps)
-        _product(y, up[block], wide)
-        _add_bias_and_gelu(wide, up_bias[block])
-        _product(wide, down[block], x)
-        _add_residual(x, down_bias[block], y)
-        _layer_norm(x, norm_2[block, 0], norm_2[block, 1], eps)
+    n, d = users.shape[0], embedded.shape[1]
+    strip = min(_STRIP, (n + ROWS - 1) // ROWS * ROWS)
+    # Whole groups of columns. What is beyond d of them, and beyond n of the rows, is computed and never looked at.
+    x = np.zeros((strip, out_bias.shape[1] * COLUMNS), np.float32)
+    y, wide = np.empty_like(x), np.zeros((strip, in_bias.shape[1] * COLUMNS), np.float32)
+    for begin in range(0, n, strip):
+        count = min(strip, n - begin)
+        for row in range(count):
+            x[row, :d] = embedded[items[begin + row]]
+        tiles = slice(0, (count + ROWS - 1) // ROWS * ROWS)
+        for block in range(in_weight.shape[0]):
+            _product(x[tiles], in_weight[block], in_bias[block], wide[tiles])
+            _recur(users[begin : begin + count], wide, decay[block], hidden, block, half)
+            _product(wide[tiles], out_weight[block], out_bias[block], y[tiles])
+            _add(y[tiles], x)
+            _layer_norm(y[tiles], norm_1[block, 0], norm_1[block, 1], eps)
+            _product(y[tiles], up[block], up_bias[block], wide[tiles])
+            _gelu(wide[tiles])
+            _product(wide[tiles], down[block], down_bias[block], x[tiles])
+            _add(x[tiles], y)
+            _layer_norm(x[tiles], norm_2[block, 0], norm_2[block, 1], eps)
+        encodings[begin : begin + count] = x[:count, :d]
     capacity = seen.shape[1]
     for click in range(n):
         user = users[click]
@@ -256,45 +261,60 @@ def _keep_best(scores, first_item, best_scores, best_items):
                 best_items[place] = first_item + i
 
 
+@njit(nogil=True)
+def _insert_each(scores, first_item, seen, best_scores, best_items):
+    """Merges a group of scores, but for seen items, into the best so far; the lower item row first among equals."""
+    last = best_scores.shape[0] - 1
+    for i in range(scores.shape[0]):
+        score = scores[i]
+        if score > best_scores[last]:
+            item = first_item + i
+            is_seen = False
+            for other in seen:
+                is_seen |= other == item
+            if not is_seen:
+                place = last
+                while place > 0 and score > best_scores[place - 1]:
+                    best_scores[place] = best_scores[place - 1]
+                    best_items[place] = best_items[place - 1]
+                    place -= 1
+                best_scores[place] = score
+                best_items[place] = item
+
+
 @compiled(nogil=True)
-def rank(encodings, wanted, item_chunks, seen, top_items, top_scores):
+def rank(encodings, wanted, table, bias, seen, top_items, top_scores):
     """The k best items of each wanted click: scores x·Eᵀ + bias in float32, exact, without what was seen.
 
     Args:
         encodings: (p, d) float32.
         wanted: (m,) int64, the rows of `encodings` to rank.
-        item_chunks: (chunks, d + 1, w) float32, Eᵀ with the bias as its last row, for items 1..v in runs of w; places
-            beyond the catalogue have the bias -inf.
+        table: E of items 1..v, as `products.pack` makes it.
+        bias: (g, COLUMNS) float32; -inf beyond the catalogue.
         seen: (n, R) int32 item rows that each click's list leaves out, 0 for none; R is 0 to leave out nothing.
         top_items: (m, k) int32, out: item rows, best first; 0 where there are fewer than k.
         top_scores: (m, k) float32, out.
 
     """
-    d = encodings.shape[1]
-    chunks, _, width = item_chunks.shape
+    m, k = top_scores.shape
+    tiles = (m + ROWS - 1) // ROWS
     top_items[:] = 0
     top_scores[:] = -np.inf
-    tile = np.empty((TILE, d + 1), np.float32)
-    scores = np.empty((TILE, width), np.float32)
-    # A few clicks need no whole tile where 8 rows and 32 go the same route through OpenBLAS.
-    row_product = (d + 1) * width
-    step = 8 if TILE * row_product <= _SMALL_PRODUCT or 8 * row_product > _SMALL_PRODUCT else TILE
-    for start in range(0, wanted.shape[0], TILE):
-        rows = min(TILE, wanted.shape[0] - start)
-        padded = (rows + step - 1) // step * step
-        tile[:] = 0
-        for row in range(rows):
-            tile[row, :d] = encodings[wanted[start + row]]
-            tile[row, d] = 1
-        for chunk in range(chunks):
-            np.dot(tile[:padded], item_chunks[chunk], scores[:padded])
-            first = chunk * width + 1
-            for row in range(rows):
-                click = wanted[start + row]
-                for item in seen[click]:
-                    if first <= item < first + width:
-                        scores[row, item - first] = -np.inf
-                _keep_best(scores[row], first, top_scores[start + row], top_items[start + row])
+    x = np.zeros((tiles * ROWS, encodings.shape[1]), np.float32)
+    for row in range(m):
+        x[row] = encodings[wanted[row]]
+    worst = np.full((tiles, ROWS), -np.inf, np.float32)
+    scores = np.empty((ROWS, COLUMNS), np.float32)
+    for group in range(table.shape[0]):
+        for tile in range(tiles):
+            first = tile * ROWS
+            reached = multiply(x[first : first + ROWS], table[group], bias[group], worst[tile], scores)
+            for r in range(min(ROWS, m - first) if reached else 0):
+                if reached >> r & 1:
+                    row = first + r
+                    of_row = top_scores[row]
+                    _insert_each(scores[r], group * COLUMNS + 1, seen[wanted[row]], of_row, top_items[row])
+                    worst[tile, r] = of_row[k - 1]
 
 
 @compiled(nogil=True)

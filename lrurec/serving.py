@@ -16,11 +16,9 @@ from lrurec import filtered_ranking, kernels
 from lrurec.bundle import Bundle
 from lrurec.engine import Clicks, Engine, Ranking, empty_ranking
 from lrurec.errors import DeviceError
+from lrurec.products import COLUMNS, pack
 from lrurec.user_state import UNKNOWN_LOG, StateLayout, UserStates
-from lrurec.weights import fold
-
-#: Items in one scoring product: 32 rows of 4,096 float32 scores stay in a core's second-level cache.
-CHUNK_ITEMS = 4_096
+from lrurec.weights import FoldedWeights, fold
 
 
 def state_layout(
@@ -80,15 +78,14 @@ class CompiledEngine:
         self, bundle: Bundle, layout: StateLayout, *, top_k: int, exclude_seen: bool, max_batch: int = 4_096
     ) -> None:
         self.layout = layout
-        self._weights = fold(bundle.config, bundle.weights)
+        self._weights = packed(fold(bundle.config, bundle.weights))
         self._ranker = ranker_of(bundle.weights["item_embedding.weight"], bundle.weights["item_bias"])
         self._half = layout.precision == "float16"
         self._top_k = top_k
         self._exclude_seen = exclude_seen
-        self._rows = -(-max_batch // kernels.TILE) * kernels.TILE
+        self._rows = max_batch
         width = bundle.config.hidden_units
         self._encodings = np.zeros((self._rows, width), np.float32)
-        self._wide = np.zeros((self._rows, 4 * width), np.float32)
         self._seen = np.zeros((self._rows, layout.recent_capacity), np.int32)
         self._compile()
 
@@ -140,12 +137,11 @@ class CompiledEngine:
         hidden: Float32[np.ndarray, "u n"],
         counts_by_user: np.ndarray,
     ) -> np.ndarray:
-        rows = -(-len(user) // kernels.TILE) * kernels.TILE
         counts = np.empty(len(user), np.int64)
         kernels.advance(
             user, item, self._weights, hidden.reshape(states["hidden"].shape), self._half,
             _columns_of(states, np.int32), self.layout.place_of("recent_items") // 4, counts_by_user,
-            self._encodings[:rows], self._wide[:rows], self._seen, counts,
+            self._encodings, self._seen, counts,
         )  # fmt: skip
         return counts
 
@@ -175,11 +171,11 @@ class Ranker(Protocol):
         ...
 
 
-class ChunkedRanker:
-    """Scores every item in float32, a run of items at a time: for any CPU."""
+class FullRanker:
+    """Scores every item in float32: for any CPU."""
 
     def __init__(self, table: Float32[np.ndarray, "v d"], bias: Float32[np.ndarray, " v"]) -> None:
-        self._item_chunks = chunks_of_items(table, bias)
+        self._table, self._bias = packed_items(table, bias)
 
     def rank(
         self,
@@ -190,26 +186,36 @@ class ChunkedRanker:
         top_scores: Float32[np.ndarray, "m k"],
     ) -> None:
         """See `kernels.rank`."""
-        kernels.rank(encodings, wanted, self._item_chunks, seen, top_items, top_scores)
+        kernels.rank(encodings, wanted, self._table, self._bias, seen, top_items, top_scores)
 
 
 def ranker_of(table: Float32[np.ndarray, "v d"], bias: Float32[np.ndarray, " v"]) -> Ranker:
     """The fastest that this CPU has the instructions for; row 0 is the padding item's, and never ranked."""
     products = filtered_ranking.supported()
     if not products or table.shape[1] > filtered_ranking.WIDEST:
-        return ChunkedRanker(table, bias)
+        return FullRanker(table, bias)
     return filtered_ranking.FilteredRanker(table[1:], bias[1:], products[0])
 
 
-def chunks_of_items(
+def packed_items(
     table: Float32[np.ndarray, "v d"], bias: Float32[np.ndarray, " v"]
-) -> Float32[np.ndarray, "chunks d_plus_1 width"]:
-    """Eᵀ with the bias as a last row, as `kernels.rank` takes it: items 1..N in runs; places beyond N score -inf."""
-    table = np.concatenate([table, bias[:, None]], 1)[1:]
-    items, rows = table.shape
-    width = min(CHUNK_ITEMS, items)
-    chunks = -(-items // width)
-    padded = np.zeros((chunks * width, rows), np.float32)
-    padded[:, -1] = -np.inf
-    padded[:items] = table
-    return np.ascontiguousarray(padded.reshape(chunks, width, rows).transpose(0, 2, 1))
+) -> tuple[Float32[np.ndarray, "g passes d at_once"], Float32[np.ndarray, "g columns"]]:
+    """Table and bias as `kernels.rank` takes them: of items 1..N; places beyond N score -inf."""
+    words = pack(table[1:], np.dtype(np.float32))
+    biases = np.full((len(words), COLUMNS), -np.inf, np.float32)
+    biases.reshape(-1)[: len(bias) - 1] = bias[1:]
+    return words, biases
+
+
+def packed(weights: FoldedWeights) -> FoldedWeights:
+    """Matrices as `products.multiply` takes them, and their biases in groups of as many columns."""
+
+    def words(matrices: np.ndarray) -> np.ndarray:
+        return np.stack([pack(matrix.T, matrix.dtype) for matrix in matrices])
+
+    def groups(biases: np.ndarray) -> np.ndarray:
+        return np.pad(biases, ((0, 0), (0, -biases.shape[1] % COLUMNS))).reshape(len(biases), -1, COLUMNS)
+
+    matrices = {name: words(getattr(weights, name)) for name in ("in_weight", "out_weight", "up", "down")}
+    biases = {name: groups(getattr(weights, name)) for name in ("in_bias", "out_bias", "up_bias", "down_bias")}
+    return FoldedWeights(**(weights._asdict() | matrices | biases))

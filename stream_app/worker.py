@@ -17,7 +17,6 @@ import structlog
 import uvloop
 from aiokafka.errors import InvalidSessionTimeoutError, KafkaError
 from faust.exceptions import ConsistencyError
-from threadpoolctl import threadpool_limits
 
 from lrurec.errors import LRURecError
 from stream_app.app import Parts, build_parts, is_ready, is_settled
@@ -72,8 +71,6 @@ async def _run(settings: Settings) -> None:
         await _unless_asked(stop, verify_committed(settings, verified))
     except _StopAsked:
         return
-    # One core does the products: threads of BLAS beside the event loop only wait for each other.
-    threadpool_limits(1, user_api="blas")
     read_any_header_name()
     parts = build_parts(settings, verified)
     _collect_less_garbage()

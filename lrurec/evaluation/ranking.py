@@ -13,7 +13,7 @@ from lrurec.array_types import ItemScores
 from lrurec.evaluation.metrics import LIST_LENGTH, Ranks
 from lrurec.interactions import Histories
 from lrurec.model import PADDING, LRURec
-from lrurec.serving import chunks_of_items
+from lrurec.serving import packed_items
 from lrurec.threads import in_threads, limited_threads
 
 TOKENS_PER_BATCH = 16_384
@@ -40,17 +40,17 @@ def lists_by_model(model: LRURec, histories: Histories, *, window: int) -> Lists
     recent = histories.last(window)
     lists = np.zeros((len(recent), LIST_LENGTH), np.int32)
     table, bias = (each.detach().cpu().numpy() for each in (model.item_embedding.weight, model.item_bias))
-    item_chunks = chunks_of_items(table, bias)
+    items = packed_items(table, bias)
     with limited_threads(None):
         for users in _batches(recent.lengths, num_rows=1):
             part = recent.take(users)
-            _fill_lists(_last_encodings(model, part), item_chunks, _padded(part), lists[users[0] : users[-1] + 1])
+            _fill_lists(_last_encodings(model, part), items, _padded(part), lists[users[0] : users[-1] + 1])
     return lists
 
 
 def _fill_lists(
     encodings: Float32[np.ndarray, "u d"],
-    item_chunks: Float32[np.ndarray, "chunks d_plus_1 width"],
+    items: tuple[Float32[np.ndarray, "g passes d at_once"], Float32[np.ndarray, "g columns"]],
     seen: Int32[np.ndarray, "u window"],
     lists: Lists,
 ) -> None:
@@ -60,7 +60,7 @@ def _fill_lists(
     def fill(index: int) -> None:
         if len(users := parts[index]):
             own = slice(users[0], users[-1] + 1)
-            kernels.rank(encodings, users, item_chunks, seen, lists[own], scores[own])
+            kernels.rank(encodings, users, *items, seen, lists[own], scores[own])
 
     in_threads(fill, len(parts))
 

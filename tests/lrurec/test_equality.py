@@ -17,7 +17,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtr
-from threadpoolctl import threadpool_limits
 
 from lrurec.bundle import make_bundle
 from lrurec.catalogue import Catalogue
@@ -54,8 +53,8 @@ class Result(NamedTuple):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread_no_grad():
-    with threadpool_limits(1, user_api="blas"), torch.inference_mode():  # as in a worker
+def no_grad():
+    with torch.inference_mode():
         yield
 
 

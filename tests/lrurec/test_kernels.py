@@ -8,15 +8,9 @@ import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
-from threadpoolctl import threadpool_limits
 
 from lrurec import kernels
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_blas_thread():
-    with threadpool_limits(1, user_api="blas"):  # as in a worker
-        yield
+from lrurec.serving import packed_items
 
 
 @njit
@@ -87,39 +81,33 @@ def test_erf_is_within_five_parts_in_ten_million():
 
 def test_gelu_is_the_exact_form_with_erf():
     rng = np.random.default_rng(0)
-    x, bias = rng.normal(0, 3, (5, 40)).astype(np.float32), rng.normal(size=40).astype(np.float32)
-    y = (x + bias).astype(np.float64)
-    kernels._add_bias_and_gelu(x, bias)
+    x = rng.normal(0, 3, (5, 40)).astype(np.float32)
+    y = x.astype(np.float64)
+    kernels._gelu(x)
     assert np.abs(x - y * scipy.special.ndtr(y)).max() < 3e-6  # tanh's form is 5e-4 off
 
 
 @given(st.integers(1, 5), st.integers(2, 70), st.integers(0, 2**32 - 1))
 def test_layer_norm_is_the_textbooks(rows, width, seed):
     rng = np.random.default_rng(seed)
-    x = rng.normal(1, 3, (rows, width)).astype(np.float32)
+    wider = rng.normal(1, 3, (rows, width + 3)).astype(np.float32)
+    x, beyond = wider[:, :width], wider[:, width:].copy()
     weight, bias = rng.normal(size=(2, width)).astype(np.float32)
     exact = x.astype(np.float64)
     exact = (exact - exact.mean(1, keepdims=True)) / np.sqrt(exact.var(1, keepdims=True) + 1e-5) * weight + bias
-    kernels._layer_norm(x, weight, bias, np.float32(1e-5))
+    kernels._layer_norm(wider, weight, bias, np.float32(1e-5))
     assert np.abs(x - exact).max() < 1e-4
+    np.testing.assert_array_equal(wider[:, width:], beyond)
 
 
 # -- ranking
 
 
-def chunks_of(table, bias, width):
-    """Eᵀ with the bias as last row, items in runs of `width`; what the catalogue lacks in the last run scores -inf."""
-    items, d = table.shape
-    chunks = -(-items // width)
-    padded = np.zeros((chunks * width, d + 1), np.float32)
-    padded[:, d] = -np.inf
-    padded[:items, :d], padded[:items, d] = table, bias
-    return np.ascontiguousarray(padded.reshape(chunks, width, d + 1).transpose(0, 2, 1))
-
-
-def rank(encodings, wanted, chunks, seen, k):
+def rank(encodings, wanted, table, bias, seen, k):
     items, scores = np.full((len(wanted), k), -7, np.int32), np.full((len(wanted), k), 7, np.float32)
-    kernels.rank(encodings, np.asarray(wanted, np.int64), chunks, seen, items, scores)
+    table, bias = (np.insert(each, 0, 0, axis=0).astype(np.float32) for each in (table, bias))  # the padding item's row
+    words, biases = packed_items(table, bias)
+    kernels.rank(encodings, np.asarray(wanted, np.int64), words, biases, seen, items, scores)
     return items, scores
 
 
@@ -138,7 +126,7 @@ def fully_sorted(encodings, wanted, table, bias, seen, k):
 @st.composite
 def rankings(draw):
     """Small whole numbers: products without rounding, full of ties."""
-    seed, n, d, items = (draw(st.integers(*bounds)) for bounds in ((0, 2**32 - 1), (1, 90), (1, 9), (1, 60)))
+    seed, n, d, items = (draw(st.integers(*bounds)) for bounds in ((0, 2**32 - 1), (1, 90), (1, 9), (1, 200)))
     rng = np.random.default_rng(seed)
     encodings, table = rng.integers(-2, 3, (n, d)), rng.integers(-2, 3, (items, d))
     bias = rng.integers(-3, 4, items).astype(np.float32)
@@ -148,11 +136,11 @@ def rankings(draw):
     return encodings.astype(np.float32), wanted, table.astype(np.float32), bias, seen
 
 
-@given(rankings(), st.integers(1, 40), st.integers(1, 70))
+@given(rankings(), st.integers(1, 70))
 @settings(max_examples=300)
-def test_a_ranking_equals_a_full_stable_sort(ranking, width, k):
+def test_a_ranking_equals_a_full_stable_sort(ranking, k):
     encodings, wanted, table, bias, seen = ranking
-    found = rank(encodings, wanted, chunks_of(table, bias, width), seen, k)
+    found = rank(encodings, wanted, table, bias, seen, k)
     expected = fully_sorted(encodings, wanted, table, bias, seen, k)
     assert (found[0] == expected[0]).all()
     assert (found[1] == expected[1]).all()
@@ -172,7 +160,7 @@ def test_the_best_columns_are_those_of_a_stable_sort(rows, columns, k, seed):
 def test_a_user_who_has_seen_everything_gets_an_empty_list():
     table = np.ones((3, 2), np.float32)
     seen = np.array([[1, 2, 3]], np.int32)
-    items, scores = rank(np.ones((1, 2), np.float32), [0], chunks_of(table, np.zeros(3), 3), seen, 2)
+    items, scores = rank(np.ones((1, 2), np.float32), [0], table, np.zeros(3), seen, 2)
     assert items.tolist() == [[0, 0]]
     assert scores.tolist() == [[-np.inf, -np.inf]]
 
@@ -180,24 +168,20 @@ def test_a_user_who_has_seen_everything_gets_an_empty_list():
 def test_what_each_click_has_seen_is_left_out_of_its_own_list_alone():
     table, bias = np.zeros((5, 1), np.float32), np.array([5, 4, 3, 2, 1], np.float32)
     seen = np.array([[1, 0], [2, 1], [0, 0]], np.int32)
-    items, _ = rank(np.zeros((3, 1), np.float32), [2, 1, 0], chunks_of(table, bias, 2), seen, 2)
+    items, _ = rank(np.zeros((3, 1), np.float32), [2, 1, 0], table, bias, seen, 2)
     assert items.tolist() == [[1, 2], [3, 4], [2, 3]]
 
 
-# Sizes on both sides of, and between, the products of 8 and of 32 rows at which OpenBLAS changes its route.
-@pytest.mark.parametrize(
-    ("d", "items"),
-    [(16, 50), (32, 1000), (32, 2500), (64, 200), (64, 500), (64, 1000), (64, 1900), (64, 3416), (128, 500)],
-)
+@pytest.mark.parametrize(("d", "items"), [(1, 1), (16, 50), (50, 1_000), (64, 3_416), (128, 500)])
 def test_a_click_is_ranked_to_the_same_bits_in_any_company(d, items):
     rng = np.random.default_rng(d + items)
     encodings = rng.normal(size=(40, d)).astype(np.float32)
-    chunks = chunks_of(rng.normal(size=(items, d)), rng.normal(size=items), min(items, 4096))
+    table, bias = rng.normal(size=(items, d)), rng.normal(size=items)
     seen = np.zeros((40, 0), np.int32)
     k = min(items, 50)
-    together = rank(encodings, range(40), chunks, seen, k)
+    together = rank(encodings, range(40), table, bias, seen, k)
     for company in ([3], [39], [5, 3], range(0, 40, 4), range(17), range(7, 40), rng.permutation(40)):
-        items_, scores = rank(encodings, company, chunks, seen, k)
+        items_, scores = rank(encodings, company, table, bias, seen, k)
         assert scores.tobytes() == together[1][list(company)].tobytes()
         assert items_.tobytes() == together[0][list(company)].tobytes()
 

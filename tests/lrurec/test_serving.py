@@ -10,14 +10,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from threadpoolctl import threadpool_limits
 
 from lrurec import filtered_ranking
 from lrurec.bundle import make_bundle, save_bundle
 from lrurec.device.engine import TorchEngine
 from lrurec.engine import Clicks
 from lrurec.errors import LRURecError
-from lrurec.serving import ChunkedRanker, CompiledEngine, DeviceError, build_engine, state_layout
+from lrurec.serving import CompiledEngine, DeviceError, FullRanker, build_engine, state_layout
 
 TOLERANCE = 3e-5
 """Of scores in float32, between the forms."""
@@ -30,12 +29,6 @@ def histories(draw, items=20):
     """(user, item) of each click in the order of the log; 5 users, up to 120 clicks."""
     size, rng = draw(st.integers(0, 120)), np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     return list(zip(rng.integers(0, 5, size).tolist(), rng.integers(1, items + 1, size).tolist(), strict=True))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_blas_thread():
-    with threadpool_limits(1, user_api="blas"):  # as in a worker
-        yield
 
 
 def compiled(bundle, precision="float32", *, k=10, exclude_seen=True, recent=100, max_batch=64):
@@ -278,6 +271,6 @@ def test_cpus_with_and_without_products_of_bytes_rank_alike(small_bundle, clicks
         patch.setattr(filtered_ranking, "supported", list)
         plain = compiled(small_bundle)
     ours = compiled(small_bundle)
-    assert isinstance(plain._ranker, ChunkedRanker)
+    assert isinstance(plain._ranker, FullRanker)
     (_, one), (_, other) = advance(plain, columns(clicks)), advance(ours, columns(clicks))
     np.testing.assert_allclose(one.scores, other.scores, rtol=0, atol=TOLERANCE)

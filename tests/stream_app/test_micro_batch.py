@@ -11,7 +11,6 @@ import torch
 from aiokafka.structs import ConsumerRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from threadpoolctl import threadpool_limits
 
 from lrurec.bundle import make_bundle
 from lrurec.catalogue import Catalogue
@@ -25,12 +24,6 @@ from stream_app.recommendations import RecommendationEncoder
 
 NOW_MS = 1_700_000_000_000
 ITEMS = [f"i{row}" for row in range(1, 13)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_blas_thread():
-    with threadpool_limits(1, user_api="blas"):  # as in a worker
-        yield
 
 
 @pytest.fixture(scope="module")
