@@ -1,7 +1,10 @@
 """Compiled functions whose machine code is kept on disk, where there is a place for it."""
 
+import hashlib
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from numba import config, njit
@@ -25,12 +28,22 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
+@cache
+def _inlined() -> str:
+    files = (Path(__file__).with_name(name) for name in ("bfloat16.py", "products.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 class _Cache(FunctionCache):
     """Numba's cache, none of whose files is a reason to fail.
 
     They outlive the process that wrote them: a disk may have been full or its power lost, and an index names classes by
     where they stood in the version that wrote it.
     """
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        """Numba's, which tells versions of a function's own file apart, and of the files that are compiled into others."""
+        return *super()._index_key(sig, codegen), _inlined()  # type: ignore[no-untyped-call]
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """What was compiled, or None, upon which it is compiled again."""

@@ -82,6 +82,15 @@ def test_what_is_kept_and_harmed_is_compiled_again_and_kept(tmp_path, harm):
     assert third.stats.cache_hits
 
 
+def test_what_another_version_of_a_file_was_compiled_into_is_compiled_again(tmp_path, monkeypatch):
+    # Numba looks at a function's own file alone.
+    assert twice_in(tmp_path)(21) == 42
+    monkeypatch.setattr("lrurec.compiled._inlined", lambda: "another version's")
+    again = twice_in(tmp_path)
+    assert again(21) == 42
+    assert not again.stats.cache_hits
+
+
 @pytest.mark.parametrize("harmed", [False, True])
 def test_where_the_disk_is_full_nothing_is_kept(tmp_path, monkeypatch, harmed):
     def full(*_: Any) -> None:
