@@ -42,7 +42,7 @@ class _Cache(FunctionCache):
     """
 
     def _index_key(self, sig: Any, codegen: Any) -> Any:
-        """Numba's, which tells versions of a function's own file apart, and of the files that are compiled into others."""
+        """Numba's, which tells versions of a function's own file apart, and of files that are compiled into others."""
         return *super()._index_key(sig, codegen), _inlined()  # type: ignore[no-untyped-call]
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
