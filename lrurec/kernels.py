@@ -163,6 +163,18 @@ def _product(x, weight, start, out):
 
 
 @njit(nogil=True)
+def _turn(decay, x, other_decay, y, drive, half, out):
+    """One part of λh + drive."""
+    # The compiler takes a register of channels at once only if it has few arrays to tell apart: no loop has both parts.
+    if half:
+        for c in range(out.shape[0]):
+            out[c] = _to_half(decay[c] * x[c] + other_decay[c] * y[c] + drive[c])
+    else:
+        for c in range(out.shape[0]):
+            out[c] = decay[c] * x[c] + other_decay[c] * y[c] + drive[c]
+
+
+@njit(nogil=True)
 def _recur(users, bu, decay, hidden, block, half):
     """h ← λh + γ(Bx + b), click after click; bu holds γ(Bx + b) of each click going in and h after it coming out.
 
@@ -170,17 +182,16 @@ def _recur(users, bu, decay, hidden, block, half):
     clicks shared its micro-batch.
     """
     channels = decay.shape[1]
+    re_decay, im_decay, minus_im_decay = decay[0], decay[1], -decay[1]
+    re, im = np.empty(channels, np.float32), np.empty(channels, np.float32)
     for click in range(users.shape[0]):
         state = hidden[users[click], block]
-        drive = bu[click]
+        _turn(re_decay, state[0], minus_im_decay, state[1], bu[click, :channels], half, re)
+        _turn(re_decay, state[1], im_decay, state[0], bu[click, channels : 2 * channels], half, im)
         for c in range(channels):
-            re, im = state[0, c], state[1, c]
-            new_re = decay[0, c] * re - decay[1, c] * im + drive[c]
-            new_im = decay[0, c] * im + decay[1, c] * re + drive[channels + c]
-            if half:
-                new_re, new_im = _to_half(new_re), _to_half(new_im)
-            state[0, c], state[1, c] = new_re, new_im
-            drive[c], drive[channels + c] = new_re, new_im
+            state[0, c] = bu[click, c] = re[c]
+        for c in range(channels):
+            state[1, c] = bu[click, channels + c] = im[c]
 
 
 @compiled(nogil=True)
