@@ -43,7 +43,7 @@ format: $(READY)  ## apply the formatter and the safe fixes
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## every benchmark, ratios against named alternatives
+bench: $(READY)  ## every benchmark but the long ones, ratios against named alternatives
 	$(BIN)/python -m benchmarks
 
 pins: $(READY)  ## compile requirements/*.txt again from pyproject.toml
