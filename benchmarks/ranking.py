@@ -4,8 +4,9 @@
     python -m benchmarks.ranking --items 3416 --rounds 9
 
 `torch` is addmm over all items and topk, a run of clicks at a time (the fastest of a few run lengths); `float32` is our
-ranking on CPUs without products of bytes (VNNI, AVX2), `lrurec` the one of this CPU. Ours leave out 100 seen items a click, torch's
-does not. They take turns on the same encodings; first the scores of 64 clicks' lists are held against torch's full sort.
+ranking on CPUs without products of bytes (VNNI, AVX2), `lrurec` the one of this CPU. Ours leave out 100 seen items a
+click, torch's does not. They take turns on the same encodings; first the scores of 64 clicks' lists are held against
+torch's full sort.
 """
 
 from __future__ import annotations
