@@ -1,8 +1,4 @@
-"""bfloat16 in compiled loops, which numba does not know: its bits as int16, the upper half of a float32's.
-
-Numba's cache does not see that a loop which takes these in has to be compiled again when they change: remove the
-`__pycache__` beside it then.
-"""
+"""bfloat16 in compiled loops, which numba does not know: its bits as int16, the upper half of a float32's."""
 
 from typing import Any
 

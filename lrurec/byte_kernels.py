@@ -156,9 +156,8 @@ def _begin(x, uppers, widest, table, numbers, places, bias, seen, scratch, found
     """
     last = best_scores.shape[0] - 1
     for i in range(seen.shape[0]):
-        place = places[seen[i]]
-        if 0 <= place < uppers.shape[0]:
-            uppers[place] = -np.inf
+        if 0 < seen[i] < places.shape[0] and places[seen[i]] < uppers.shape[0]:
+            uppers[places[seen[i]]] = -np.inf
     # Four parts for each that is wanted: hardly two of the best share one.
     kth = _kth_of_parts(uppers, 4 * best_scores.shape[0], scratch, best_scores)
     least = max(kth - _float32(2) * widest, _LOWEST)
@@ -198,6 +197,8 @@ def rank(encodings, wanted, items, seen, top_items, top_scores):
     width, steps, groups = table.shape[1], words.shape[2], words.shape[0]
     top_items[:] = 0
     top_scores[:] = -np.inf
+    if k == 0:
+        return
     tiles = -(-m // ROWS)
     x = np.zeros((tiles, ROWS, steps), np.int32)
     factor = np.ones((tiles, ROWS), np.float32)
@@ -208,7 +209,7 @@ def rank(encodings, wanted, items, seen, top_items, top_scores):
             encodings[wanted[row]], words.itemsize, levels, longest, x[tile, r]
         )
         # What float32 may err by, in s and in the s̃ that is compared: both are sums of about d products.
-        outside[tile, r] += inside[tile, r] * _float32((width + SPARE) * 2.0**-22)
+        outside[tile, r] += (inside[tile, r] + outside[tile, r]) * _float32((width + SPARE) * 2.0**-22)
     sums, least = np.empty((ROWS, ITEMS), words.dtype), np.zeros(ROWS, words.dtype)
     bound, worst = np.empty(ROWS, np.float32), np.full((tiles, ROWS), np.inf, np.float32)
     greatest = 2.0 ** (8 * words.itemsize - 1) - 1

@@ -61,11 +61,11 @@ AVX2 = Product(np.int16, 63, 181.0)
 def supported() -> list[Product]:
     """The instructions that this CPU has, fastest first."""
     features = cpu_features()
-    return [each for each, name in ((VNNI, "avx512vnni"), (AVX2, "avx2")) if features.get(name, False)]
+    return [each for each, name in ((VNNI, "avx512vnni"), (AVX2, "avx2")) if name in features]
 
 
 class FilteredRanker:
-    """The item table as bytes, and as what they were made of.
+    """The item table as bytes, and as what they were made of. Products |x| |E_v| have to be finite in float32.
 
     Args:
         table: (v, d) float32, E.

@@ -142,6 +142,12 @@ def _gelu(x):
 
 
 @njit(nogil=True)
+def _copy(source, target, count):
+    for i in range(count):  # numba compiles an assignment of slices for ten seconds, for its errors' text
+        target[i] = source[i]
+
+
+@njit(nogil=True)
 def _add(x, y):
     """x ← x + y."""
     rows, width = x.shape
@@ -216,14 +222,14 @@ def advance(users, items, weights, hidden, half, rows, first, clicks, encodings,
         weights
     )
     n, d = users.shape[0], embedded.shape[1]
-    strip = min(_STRIP, (n + ROWS - 1) // ROWS * ROWS)
+    strip = min(_STRIP, max(1, (n + ROWS - 1) // ROWS) * ROWS)
     # Whole groups of columns. What is beyond d of them, and beyond n of the rows, is computed and never looked at.
     x = np.zeros((strip, out_bias.shape[1] * COLUMNS), np.float32)
     y, wide = np.empty_like(x), np.zeros((strip, in_bias.shape[1] * COLUMNS), np.float32)
     for begin in range(0, n, strip):
         count = min(strip, n - begin)
         for row in range(count):
-            x[row, :d] = embedded[items[begin + row]]
+            _copy(embedded[items[begin + row]], x[row], d)
         tiles = slice(0, (count + ROWS - 1) // ROWS * ROWS)
         for block in range(in_weight.shape[0]):
             _product(x[tiles], in_weight[block], in_bias[block], wide[tiles])
@@ -236,7 +242,8 @@ def advance(users, items, weights, hidden, half, rows, first, clicks, encodings,
             _product(wide[tiles], down[block], down_bias[block], x[tiles])
             _add(x[tiles], y)
             _layer_norm(x[tiles], norm_2[block, 0], norm_2[block, 1], eps)
-        encodings[begin : begin + count] = x[:count, :d]
+        for row in range(count):
+            _copy(x[row], encodings[begin + row], d)
     capacity = seen.shape[1]
     for click in range(n):
         user = users[click]
@@ -311,9 +318,11 @@ def rank(encodings, wanted, table, bias, seen, top_items, top_scores):
     tiles = (m + ROWS - 1) // ROWS
     top_items[:] = 0
     top_scores[:] = -np.inf
+    if k == 0:
+        return
     x = np.zeros((tiles * ROWS, encodings.shape[1]), np.float32)
     for row in range(m):
-        x[row] = encodings[wanted[row]]
+        _copy(encodings[wanted[row]], x[row], x.shape[1])
     worst = np.full((tiles, ROWS), -np.inf, np.float32)
     scores = np.empty((ROWS, COLUMNS), np.float32)
     for group in range(table.shape[0]):

@@ -10,15 +10,15 @@ computed in passes.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 from jaxtyping import Shaped
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 #: Rows and columns of one product.
@@ -30,19 +30,21 @@ _LANES = 16
 _INDEX, _FOUR_BYTES = ir.IntType(64), ir.IntType(32)
 
 
-def cpu_features() -> Mapping[str, bool]:
-    """What this CPU has; nothing where numba compiles for another one (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES)."""
-    if getattr(numba.config, "CPU_NAME", None) or getattr(numba.config, "CPU_FEATURES", None):
-        return {}
-    features: Mapping[str, bool] = binding.get_host_cpu_features()
-    return features
+@cache
+def cpu_features() -> frozenset[str]:
+    """What numba compiles for: of this CPU, unless its settings (NUMBA_CPU_NAME and others) say otherwise.
+
+    By the text that its cache on disk goes by too: `pack` never fits other columns than the code that was kept.
+    """
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return frozenset(each[1:] for each in features.split(",") if each.startswith("+"))
 
 
 def _columns_of_a_pass(word: np.dtype[Any]) -> int:
     """Columns whose sums with `ROWS` rows stay in registers: 24 of 32 with AVX-512, 12 of 16 with AVX2."""
     if word == np.int16:
         return 2 * _LANES
-    return 4 * _LANES if word == np.int32 or cpu_features().get("avx512f", False) else _LANES
+    return 4 * _LANES if word == np.int32 or "avx512f" in cpu_features() else _LANES
 
 
 def pack(columns: Shaped[np.ndarray, "n d"], word: np.dtype[Any]) -> Shaped[np.ndarray, "g passes q at_once"]:
@@ -147,7 +149,7 @@ class _Product:
         builder, sums, bytes_ = self._builder, self._sums, self._bytes
         if self._is_float:
             spread = self._broadcast(one, sums)
-            if cpu_features().get("fma", False) or platform.machine() in ("aarch64", "arm64"):
+            if "fma" in cpu_features() or platform.machine() in ("aarch64", "arm64"):
                 return self._call("fma.v16f32", [spread, column, total], sums)
             return builder.fadd(total, builder.fmul(spread, column))
         spread = self._broadcast(one, ir.VectorType(_FOUR_BYTES, bytes_.count // 4))

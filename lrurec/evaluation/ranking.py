@@ -33,7 +33,7 @@ MISSED = np.iinfo(np.int64).max
 def lists_by_model(model: LRURec, histories: Histories, *, window: int) -> Lists:
     """The `LIST_LENGTH` best items for every user after the last `window` items of the history, none of them again.
 
-    Exact, in float32, equal scores in row order, by the loops that serve (`kernels.rank`), shared out over torch's
+    Exact, in float32, equal scores in row order, by `kernels.rank`, shared out over torch's
     threads: scores are never written down. A history without items is the cold start. The model may be on any device,
     and is left in evaluation mode.
     """

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lrurec import kernels
-from lrurec.compiled import compiled
+from lrurec.compiled import _inlined, compiled
 
 SOURCE = "from lrurec.compiled import compiled\n\n@compiled(nogil=True)\ndef twice(x):\n    return 2 * x\n"
 
@@ -89,6 +89,16 @@ def test_what_another_version_of_a_file_was_compiled_into_is_compiled_again(tmp_
     again = twice_in(tmp_path)
     assert again(21) == 42
     assert not again.stats.cache_hits
+
+
+@pytest.mark.parametrize("changed", ["products.py", "bfloat16.py"])
+def test_every_file_that_is_compiled_into_others_counts(tmp_path, monkeypatch, changed):
+    for name in ("products.py", "bfloat16.py"):
+        (tmp_path / name).write_text("one = 1\n")
+    monkeypatch.setattr("lrurec.compiled.__file__", str(tmp_path / "compiled.py"))
+    before = _inlined.__wrapped__()
+    (tmp_path / changed).write_text("one = 2\n")
+    assert _inlined.__wrapped__() != before
 
 
 @pytest.mark.parametrize("harmed", [False, True])

@@ -328,7 +328,7 @@ def test_the_torch_engine_on_stored_states_is_the_formula(device, case):
 
 
 @pytest.mark.parametrize("precision", ["float16", "float32"])
-@pytest.mark.parametrize(("d", "items"), [(8, 20), (64, 500), (128, 60)])  # three routes of products through OpenBLAS
+@pytest.mark.parametrize(("d", "items"), [(8, 20), (17, 40), (64, 500), (100, 60), (128, 60)])
 @given(lengths=st.lists(st.integers(0, 60), min_size=1, max_size=5), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=15)
 def test_the_cpu_engine_gives_the_same_bits_in_whatever_batches_and_company(precision, d, items, lengths, seed):

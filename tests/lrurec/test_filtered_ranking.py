@@ -92,7 +92,10 @@ def test_what_comes_after_thousands_of_longer_items_is_ranked_right(alike):
     table[4_096:, 1:] = directions / np.linalg.norm(directions, axis=1, keepdims=True) * lengths[:, None]
     encodings = 0.3 * rng.standard_normal((40, 16)).astype(np.float32)
     encodings[:, 0] = 0
-    assert_equal_to_a_full_sort(table, bias, encodings, np.zeros((40, 0), np.int32), 10)
+    # Every second row has seen half of its best, twice.
+    best = np.argsort(-(encodings @ table.T + bias), axis=1)[:, :20:2].repeat(2, 1).astype(np.int32) + 1
+    best[::2] = 0
+    assert_equal_to_a_full_sort(table, bias, encodings, best, 10)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-20, 1e15])
@@ -101,6 +104,32 @@ def test_encodings_of_any_size_are_ranked_right(scale):
     table, bias = rng.standard_normal((200, 16)).astype(np.float32), np.zeros(200, np.float32)
     encodings = (scale * rng.standard_normal((3, 16))).astype(np.float32)
     assert_equal_to_a_full_sort(table, bias, encodings, np.zeros((3, 1), np.int32), 10)
+
+
+def test_encodings_that_round_to_nothing_leave_room_for_what_float32_errs_by():
+    # Thousands of long items across the encodings, one of them with a component along these a hair below the others'.
+    rng, width = np.random.default_rng(3), 2_049
+    base = np.full(width, rng.uniform(0.5, 1), np.float32)
+    base[-1] = 0
+    encodings = (1e-33 * base.astype(np.float64) * rng.uniform(1, 2, (40, 1))).astype(np.float32)
+    table = np.zeros((4_160, width), np.float32)
+    table[:4_096, -1] = 3 * np.linalg.norm(base)
+    hairs = 1 - np.arange(1, 200, 3, dtype=np.float32) * np.float32(2.0**-24)
+    table[: len(hairs), :-1] = base[:-1] * hairs[:, None]
+    table[4_096:] = base
+    for left in range(13):
+        seen = np.setdiff1d(np.arange(len(hairs)), left).astype(np.int32)[None].repeat(40, 0) + 1
+        assert_equal_to_a_full_sort(table, np.zeros(len(table), np.float32), encodings, seen, 1)
+
+
+@pytest.mark.parametrize("nobody", [-3, 0, 201, 10**8])
+def test_a_seen_item_that_there_is_not_leaves_out_nothing(nobody):
+    rng = np.random.default_rng(8)
+    table, bias = rng.standard_normal((200, 8)).astype(np.float32), np.zeros(200, np.float32)
+    encodings = rng.standard_normal((2, 8)).astype(np.float32)
+    of_all = ranked(table, bias, encodings, np.arange(2), np.zeros((2, 0), np.int32), 10)
+    found = ranked(table, bias, encodings, np.arange(2), np.full((2, 3), nobody, np.int32), 10)
+    np.testing.assert_array_equal(found, of_all)
 
 
 def test_what_a_row_gets_does_not_depend_on_the_rows_beside_it():
