@@ -255,6 +255,18 @@ def advance(users, items, weights, hidden, half, rows, first, clicks, encodings,
 
 
 @njit(nogil=True, inline="always")
+def _insert(score, item, best_scores, best_items):
+    """Into a list that it belongs in, after its equals."""
+    place = best_scores.shape[0] - 1
+    while place > 0 and score > best_scores[place - 1]:
+        best_scores[place] = best_scores[place - 1]
+        best_items[place] = best_items[place - 1]
+        place -= 1
+    best_scores[place] = score
+    best_items[place] = item
+
+
+@njit(nogil=True, inline="always")
 def _keep_best(scores, first_item, best_scores, best_items):
     """Merges a run of scores into the best so far: highest first, the lower item row first among equals."""
     k = best_scores.shape[0]
@@ -270,13 +282,7 @@ def _keep_best(scores, first_item, best_scores, best_items):
         for i in range(start, stop):
             score = scores[i]
             if score > best_scores[k - 1]:
-                place = k - 1
-                while place > 0 and score > best_scores[place - 1]:
-                    best_scores[place] = best_scores[place - 1]
-                    best_items[place] = best_items[place - 1]
-                    place -= 1
-                best_scores[place] = score
-                best_items[place] = first_item + i
+                _insert(score, first_item + i, best_scores, best_items)
 
 
 @njit(nogil=True)
@@ -291,13 +297,7 @@ def _insert_each(scores, first_item, seen, best_scores, best_items):
             for other in seen:
                 is_seen |= other == item
             if not is_seen:
-                place = last
-                while place > 0 and score > best_scores[place - 1]:
-                    best_scores[place] = best_scores[place - 1]
-                    best_items[place] = best_items[place - 1]
-                    place -= 1
-                best_scores[place] = score
-                best_items[place] = item
+                _insert(score, item, best_scores, best_items)
 
 
 @compiled(nogil=True)

@@ -208,7 +208,7 @@ def packed_items(
 
 
 def packed(weights: FoldedWeights) -> FoldedWeights:
-    """Matrices as `products.multiply` takes them, and their biases in groups of as many columns."""
+    """Matrices as `products.multiply` takes them, (l, g, passes, q, at_once), and their biases as (l, g, columns)."""
 
     def words(matrices: np.ndarray) -> np.ndarray:
         return np.stack([pack(matrix.T, matrix.dtype) for matrix in matrices])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
 from lrurec import filtered_ranking
 from lrurec.byte_kernels import exact_score
@@ -25,8 +26,15 @@ def ranked(table, bias, encodings, wanted, seen, k):
     return lists[0]
 
 
+@njit
+def _score_each(x, table, bias, scores):
+    for row in range(table.shape[0]):
+        scores[row] = exact_score(x, table[row], bias[row])
+
+
 def sorted_in_full(table, bias, encoding, seen, k):
-    scores = np.array([exact_score(encoding, row, each) for row, each in zip(table, bias, strict=True)], np.float32)
+    scores = np.empty(len(table), np.float32)
+    _score_each(encoding, table, bias, scores)
     scores[[item - 1 for item in seen if item]] = -np.inf
     order = np.argsort(-scores, kind="stable")[:k]
     best = np.full(k, -np.inf, np.float32)
