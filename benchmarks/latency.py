@@ -162,9 +162,9 @@ async def _send_when_due(ready: Connection, bootstrap: str, rate: float, count: 
             wanted = min(count, int((time.time() - start) * rate) + 1)
             if wanted > sent:
                 batches = publisher.pack("clicks", clicks[sent:wanted], int(time.time() * 1000))
-                for future in await publisher.send("clicks", batches):
-                    in_flight.add(future)
-                    future.add_done_callback(in_flight.discard)
+                future = publisher.send("clicks", batches)
+                in_flight.add(future)
+                future.add_done_callback(in_flight.discard)
                 sent = wanted
             await asyncio.sleep(_TICK_SECONDS)
         await acknowledged(list(in_flight), "clicks", 30.0)

@@ -129,7 +129,7 @@ async def produce(bootstrap: str, topic: str, size: int) -> None:
         for first in range(0, size, CHUNK):
             rows = [_click(log, number) for number in range(first, min(first + CHUNK, size))]
             batches = publisher.pack(topic, rows, time.time_ns() // 1_000_000)
-            await acknowledged(await publisher.send(topic, batches), topic, 60)
+            await acknowledged([publisher.send(topic, batches)], topic, 60)
     finally:
         await publisher.stop()
 

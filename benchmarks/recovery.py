@@ -121,7 +121,7 @@ async def fill_changelog(settings: Settings, states: int) -> int:
         for first in range(0, states, CHUNK):
             rows = some_states(layout, range(first, min(first + CHUNK, states)))
             batches = publisher.pack(settings.changelog_topic, rows, time.time_ns() // 1_000_000)
-            await acknowledged(await publisher.send(settings.changelog_topic, batches), "the states", 60)
+            await acknowledged([publisher.send(settings.changelog_topic, batches)], "the states", 60)
     finally:
         await publisher.stop()
     return layout.dtype.itemsize

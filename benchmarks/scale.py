@@ -154,7 +154,7 @@ async def produce(bootstrap: str, topic: str, users: Int64[np.ndarray, " n"]) ->
         for first in range(0, len(users), CHUNK):
             some = zip(users[first : first + CHUNK].tolist(), items[first : first + CHUNK], strict=True)
             batches = publisher.pack(topic, [_click(user, item) for user, item in some], time.time_ns() // 1_000_000)
-            await acknowledged(await publisher.send(topic, batches), topic, 60)
+            await acknowledged([publisher.send(topic, batches)], topic, 60)
     finally:
         await publisher.stop()
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar, Generic, TypeVar
 
+from stream_app.batches import Batch
 from stream_app.micro_batch import Outbox
-from stream_app.publisher import Batch, Publisher, acknowledged, offsets_of
+from stream_app.publisher import Publisher, acknowledged, offsets_of
 
 Parcel = TypeVar("Parcel")
 
@@ -100,7 +101,8 @@ class Sent:
     recommendations: list[Batch]
     states: dict[int, list[Batch]]
     outputs_in_flight: list[asyncio.Future[Any]] = field(default_factory=list)
-    states_in_flight: list[asyncio.Future[Any]] = field(default_factory=list)
+    states_in_flight: list[asyncio.Future[list[int]]] = field(default_factory=list)
+    """One at most."""
 
 
 class AtLeastOnce(Delivery[Sent]):
@@ -131,24 +133,26 @@ class AtLeastOnce(Delivery[Sent]):
         return Sent(
             outbox,
             self._publisher.pack(self._topics.recommendations, recommendations, now_ms),
-            {partition: self._publisher.pack_for(partition, rows, now_ms) for partition, rows in outbox.states.items()},
+            self._publisher.pack_each(outbox.states, now_ms),
         )
 
     async def send_outputs(self, parcel: Sent) -> None:
         letters = _flat(parcel.outbox.dead_letters.values())
-        parcel.outputs_in_flight = await self._publisher.send(self._topics.recommendations, parcel.recommendations)
+        if parcel.recommendations:
+            parcel.outputs_in_flight.append(self._publisher.send(self._topics.recommendations, parcel.recommendations))
         parcel.outputs_in_flight += await self._publisher.send_dead_letters(self._topics.dead_letters, letters)
 
     async def send_states(self, parcel: Sent) -> None:
         await acknowledged(parcel.outputs_in_flight, "recommendations or dead letters", self._timeout_seconds)
-        parcel.states_in_flight = await self._publisher.send(self._topics.changelog, _flat(parcel.states.values()))
+        if parcel.states:
+            states = _flat(parcel.states.values())
+            parcel.states_in_flight.append(self._publisher.send(self._topics.changelog, states))
 
     async def appended(self, parcel: Sent) -> dict[int, range]:
-        answers = iter(
-            await acknowledged(parcel.states_in_flight, "the changelog of user states", self._timeout_seconds)
-        )
+        answers = await acknowledged(parcel.states_in_flight, "the changelog of user states", self._timeout_seconds)
+        offsets = iter(_flat(answers))
         return {
-            partition: offsets_of(batches, list(islice(answers, len(batches))))
+            partition: offsets_of(batches, list(islice(offsets, len(batches))))
             for partition, batches in parcel.states.items()
         }
 

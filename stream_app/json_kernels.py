@@ -85,9 +85,11 @@ def write_lists(
 @compiled(nogil=True)
 def _text(out, at, texts, ends, number):
     start = ends[number - 1] if number else 0
-    for i in range(start, ends[number]):
-        out[at + i - start] = texts[i]
-    return at + ends[number] - start
+    size = ends[number] - start
+    place, first = np.uint64(at), np.uint64(start)  # no negative index: eight bytes and more are copied at once
+    for i in range(np.uint64(size)):
+        out[place + i] = texts[first + i]
+    return at + size
 
 
 @compiled(nogil=True)

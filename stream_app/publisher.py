@@ -6,53 +6,38 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import InvalidTimestampError, KafkaError, MessageSizeTooLargeError
 from aiokafka.producer.message_accumulator import BatchBuilder
 
+from stream_app.batch_producer import BatchProducer
+from stream_app.batches import BATCH_BYTES, Batch, Packer
 from stream_app.errors import BrokerUnavailable, WorkerError, foreign_record
 from stream_app.messages import REASON_HEADERS, DeadLetter, Header
 from stream_app.micro_batch import KeyValue
 from stream_app.partitioner import partitions_of
 
-#: Bytes of one record batch, at most; a topic may take less.
-BATCH_BYTES = 1_000_000
-
 #: Ends the name of a header that says what of a dead letter was too large for its topic; its value is the size.
 LEFT_OUT = "-left-out"
 
 
-_Record = TypeVar("_Record", KeyValue, DeadLetter)
-
-
-class Batch(NamedTuple):
-    """Records on their way to one partition."""
-
-    partition: int
-    records: BatchBuilder
-
-
-def by_partition(records: Sequence[_Record], partitions: int) -> dict[int, list[_Record]]:
-    """Records by their keys' partitions in a topic of so many, in order; those without a key as with an empty one."""
-    found: dict[int, list[_Record]] = {}
-    if not records:  # as dead letters are, nearly always
+def by_partition(letters: Sequence[DeadLetter], partitions: int) -> dict[int, list[DeadLetter]]:
+    """Letters by their keys' partitions in a topic of so many, in order; those without a key as with an empty one."""
+    found: dict[int, list[DeadLetter]] = {}
+    if not letters:  # nearly always
         return found
-    keys = [record[0] or b"" for record in records]
-    for partition, record in zip(partitions_of(keys, partitions).tolist(), records, strict=True):
-        found.setdefault(partition, []).append(record)
+    keys = [letter.key or b"" for letter in letters]
+    for partition, letter in zip(partitions_of(keys, partitions).tolist(), letters, strict=True):
+        found.setdefault(partition, []).append(letter)
     return found
 
 
-def fill(
-    new_batch: Callable[[], BatchBuilder],
-    records: Iterable[tuple[bytes | None, bytes | None, list[Header]]],
-    timestamp_ms: int,
-) -> list[BatchBuilder]:
-    """As many batches as it takes for these records: key, value and headers of each."""
+def fill(new_batch: Callable[[], BatchBuilder], letters: Iterable[DeadLetter], timestamp_ms: int) -> list[BatchBuilder]:
+    """As many batches as it takes for these letters."""
     batches = [new_batch()]
-    for key, value, headers in records:
+    for key, value, headers in letters:
         # A full batch takes no more, and says so only by what it returns; an empty one takes a record of any size.
         if batches[-1].append(timestamp=timestamp_ms, key=key, value=value, headers=headers) is None:
             batches.append(new_batch())
@@ -60,17 +45,11 @@ def fill(
     return batches
 
 
-def without_headers(records: Iterable[KeyValue]) -> Iterator[tuple[bytes, bytes, list[Header]]]:
-    """Records as `fill` takes them."""
-    none: list[Header] = []
-    return ((key, value, none) for key, value in records)
-
-
 class Publisher:
-    """An idempotent producer with acks=all: what is acknowledged is on every in-sync replica, once, in order.
+    """What is acknowledged is on every in-sync replica, once, in order.
 
-    Dead letters have a producer of their own, which is not idempotent: one that is takes no more records for a
-    partition after Kafka has refused a batch, and a dead letter may be refused for its size.
+    Dead letters have a producer of their own, which is not idempotent: one that is takes no more records after Kafka
+    has refused a batch, and a dead letter may be refused for its size.
 
     Args:
         connection: `Settings.kafka_client()`.
@@ -79,9 +58,12 @@ class Publisher:
     """
 
     def __init__(self, connection: Mapping[str, Any], largest_batch: int = BATCH_BYTES) -> None:
-        limits = {"max_batch_size": min(largest_batch, BATCH_BYTES), "max_request_size": 64 * BATCH_BYTES}
-        self._producer = AIOKafkaProducer(**connection, acks="all", enable_idempotence=True, **limits)
-        self._dead_letter_producer = AIOKafkaProducer(**connection, acks="all", **limits)
+        size = min(largest_batch, BATCH_BYTES)
+        self._packer = Packer(size)
+        self._producer = BatchProducer(connection)
+        self._dead_letter_producer = AIOKafkaProducer(
+            **connection, acks="all", max_batch_size=size, max_request_size=64 * BATCH_BYTES
+        )
         self._partitions: dict[str, int] = {}
         self._kafka = f"Kafka at {','.join(connection['bootstrap_servers'])}"
         self._timeout_seconds = connection["request_timeout_ms"] / 1000
@@ -97,11 +79,11 @@ class Publisher:
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 topics = list(topics)
-                for producer in (self._producer, self._dead_letter_producer):
-                    await producer.start()
-                    await producer.client.set_topics(topics)
+                await self._producer.start(topics)
+                await self._dead_letter_producer.start()
+                await self._dead_letter_producer.client.set_topics(topics)
                 for topic in topics:
-                    self._partitions[topic] = len(await self._producer.partitions_for(topic))
+                    self._partitions[topic] = len(await self._dead_letter_producer.partitions_for(topic))
         except TimeoutError:
             raise BrokerUnavailable(
                 f"{self._kafka} did not answer within {self._timeout_seconds:g} s; is it up?"
@@ -118,27 +100,22 @@ class Publisher:
 
     def pack(self, topic: str, records: Sequence[KeyValue], timestamp_ms: int) -> list[Batch]:
         """Records with their keys' partitions, batch by batch in order; can be called from another thread."""
-        return [
-            batch
-            for partition, rows in by_partition(records, self._partitions[topic]).items()
-            for batch in self.pack_for(partition, rows, timestamp_ms)
-        ]
+        return self._packer.pack(records, self._partitions[topic], timestamp_ms)
 
-    def pack_for(self, partition: int, records: Iterable[KeyValue], timestamp_ms: int) -> list[Batch]:
+    def pack_for(self, partition: int, records: Sequence[KeyValue], timestamp_ms: int) -> list[Batch]:
         """The same for one given partition."""
-        batches = fill(self._producer.create_batch, without_headers(records), timestamp_ms)
-        return [Batch(partition, batch) for batch in batches]
+        return self._packer.pack_for(partition, records, timestamp_ms)
 
-    async def send(self, topic: str, batches: Iterable[Batch]) -> list[asyncio.Future[Any]]:
-        """Hand batches over, in order for each partition; the futures resolve when Kafka has acknowledged them.
+    def pack_each(self, records: Mapping[int, Sequence[KeyValue]], timestamp_ms: int) -> dict[int, list[Batch]]:
+        """The same for given partitions; by partition, without those that get none."""
+        return self._packer.pack_each(records, timestamp_ms)
 
-        Raises:
-            WorkerError: the batch before one of these did not get out in time.
+    def send(self, topic: str, batches: Sequence[Batch]) -> asyncio.Future[list[int]]:
+        """Hand batches over, in order; the future has the offset of each one's first record, once all are acknowledged.
+
+        It raises KafkaError; see `acknowledged`.
         """
-        try:
-            return [await self._producer.send_batch(b.records, topic, partition=b.partition) for b in batches]
-        except KafkaError as error:
-            raise WorkerError(f"Kafka takes no more records for {topic}: {error!r}") from None
+        return self._producer.send(topic, batches)
 
     async def append(self, topic: str, partition: int, records: Sequence[KeyValue]) -> range:
         """Write records to one partition and wait until Kafka has acknowledged them; the offsets that hold them.
@@ -148,8 +125,9 @@ class Publisher:
             StateError: somebody else wrote in between.
         """
         batches = self.pack_for(partition, records, time.time_ns() // 1_000_000)
-        sent = await self.send(topic, batches)
-        return offsets_of(batches, await acknowledged(sent, f"records for {topic}", self._timeout_seconds))
+        sent = self.send(topic, batches)
+        [offsets] = await acknowledged([sent], f"records for {topic}", self._timeout_seconds)
+        return offsets_of(batches, offsets)
 
     async def send_dead_letters(self, topic: str, letters: Sequence[DeadLetter]) -> list[asyncio.Future[Any]]:
         """Hand dead letters over in batches, in order for each partition; those without a key go to one partition.
@@ -161,30 +139,28 @@ class Publisher:
         """
         try:
             return [
-                asyncio.ensure_future(self._see_through(topic, partition, part, await self._hand_over(topic, batch)))
+                asyncio.ensure_future(
+                    self._see_through(topic, partition, part, await self._hand_over(topic, partition, batch))
+                )
                 for partition, rows in by_partition(letters, self._partitions[topic]).items()
-                for batch, part in self._pack_dead_letters(partition, rows)
+                for batch, part in self._pack_dead_letters(rows)
             ]
         except KafkaError as error:
             raise WorkerError(f"Kafka takes no more records for {topic}: {error!r}") from None
 
-    def _pack_dead_letters(
-        self, partition: int, letters: Sequence[DeadLetter]
-    ) -> Iterator[tuple[Batch, list[DeadLetter]]]:
+    def _pack_dead_letters(self, letters: Sequence[DeadLetter]) -> Iterator[tuple[BatchBuilder, list[DeadLetter]]]:
         """Record batches, each with the letters that it holds."""
-        batch, inside = Batch(partition, self._dead_letter_producer.create_batch()), list[DeadLetter]()
+        batch, inside = self._dead_letter_producer.create_batch(), list[DeadLetter]()
         for letter in letters:
             if not _add(letter, batch):
                 yield batch, inside
-                batch, inside = Batch(partition, self._dead_letter_producer.create_batch()), []
+                batch, inside = self._dead_letter_producer.create_batch(), []
                 _add(letter, batch)
             inside.append(letter)
         yield batch, inside
 
-    async def _hand_over(self, topic: str, batch: Batch) -> asyncio.Future[Any]:
-        sent: asyncio.Future[Any] = await self._dead_letter_producer.send_batch(
-            batch.records, topic, partition=batch.partition
-        )
+    async def _hand_over(self, topic: str, partition: int, batch: BatchBuilder) -> asyncio.Future[Any]:
+        sent: asyncio.Future[Any] = await self._dead_letter_producer.send_batch(batch, topic, partition=partition)
         return sent
 
     async def _see_through(
@@ -202,16 +178,16 @@ class Publisher:
                 await self._send_together(topic, partition, part)
 
     async def _send_together(self, topic: str, partition: int, letters: Sequence[DeadLetter]) -> None:
-        for batch, part in self._pack_dead_letters(partition, letters):
-            await self._see_through(topic, partition, part, await self._hand_over(topic, batch))
+        for batch, part in self._pack_dead_letters(letters):
+            await self._see_through(topic, partition, part, await self._hand_over(topic, partition, batch))
 
     async def _send_cut_down(self, topic: str, partition: int, letter: DeadLetter) -> None:
         # It fitted its own topic, compressed or with a larger limit, but not this one. The stream goes on all the same.
         for smaller in itertools.islice(forms_of(letter), 1, None):
-            batch = Batch(partition, self._dead_letter_producer.create_batch())
+            batch = self._dead_letter_producer.create_batch()
             _add(smaller, batch)
             try:
-                await (await self._hand_over(topic, batch))
+                await (await self._hand_over(topic, partition, batch))
             except MessageSizeTooLargeError:
                 continue
             return
@@ -223,9 +199,9 @@ def no_room_for_a_reason(topic: str) -> WorkerError:
     return WorkerError(f"not even the reason of a dead letter fits topic {topic}: raise its max.message.bytes")
 
 
-def _add(letter: DeadLetter, batch: Batch) -> bool:
+def _add(letter: DeadLetter, batch: BatchBuilder) -> bool:
     """Whether the batch had room for it; an empty one has for a letter of any size."""
-    return batch.records.append(key=letter.key, value=letter.value, timestamp=None, headers=letter.headers) is not None
+    return batch.append(key=letter.key, value=letter.value, timestamp=None, headers=letter.headers) is not None
 
 
 def forms_of(letter: DeadLetter) -> Iterator[DeadLetter]:
@@ -251,17 +227,17 @@ def _left_out(name: str, part: bytes | None) -> Header:
     return f"__streams.errors.{name}{LEFT_OUT}", str(len(part or b"")).encode()
 
 
-def offsets_of(batches: Sequence[Batch], answers: Sequence[Any]) -> range:
-    """The offsets that hold the records of batches for one partition of the changelog, by the broker's answers.
+def offsets_of(batches: Sequence[Batch], offsets: Sequence[int]) -> range:
+    """The offsets that hold the records of batches for one partition of the changelog, by those of their first ones.
 
     Raises:
         StateError: they don't follow each other: somebody else wrote in between.
     """
-    first = following = answers[0].offset
-    for batch, answer in zip(batches, answers, strict=True):
-        if answer.offset != following:
+    first = following = offsets[0]
+    for batch, offset in zip(batches, offsets, strict=True):
+        if offset != following:
             raise foreign_record(batch.partition, following)
-        following = answer.offset + batch.records.record_count()
+        following = offset + batch.records.record_count()
     return range(first, following)
 
 

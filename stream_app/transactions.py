@@ -25,19 +25,17 @@ from aiokafka.errors import InvalidTransactionTimeout, KafkaError, ProducerFence
 from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
+from stream_app.batches import BATCH_BYTES, Batch, Packer, RecordBatch
 from stream_app.delivery import Delivery, Topics
 from stream_app.errors import BrokerUnavailable, WorkerError
 from stream_app.messages import DeadLetter
-from stream_app.micro_batch import KeyValue, Outbox
+from stream_app.micro_batch import Outbox
 from stream_app.publisher import (
-    BATCH_BYTES,
-    Batch,
     by_partition,
     fill,
     forms_of,
     no_room_for_a_reason,
     offsets_of,
-    without_headers,
 )
 
 #: Seconds that Kafka waits longer for the end of a transaction than the worker does.
@@ -48,7 +46,8 @@ class Addressed(NamedTuple):
     """A record batch on its way to a partition of a topic."""
 
     topic: str
-    batch: Batch
+    partition: int
+    records: RecordBatch | BatchBuilder
 
 
 @dataclass(slots=True)
@@ -117,7 +116,7 @@ class ExactlyOnce(Delivery[Transactions]):
         self._group = group
         self._limits = limits
         self._timeout_seconds = timeout_seconds
-        self._new_batch = partial(BatchBuilder, min(limits.batch, BATCH_BYTES), 0, is_transactional=1)
+        self._packer = Packer(limits.batch, transactional=True)
         self._producers: dict[int, PartitionProducer] = {}
 
     async def start(self) -> None:
@@ -149,32 +148,26 @@ class ExactlyOnce(Delivery[Transactions]):
         return Transactions({part: self._transaction(outbox, part, end, now_ms) for part, end in ends.items()}, {})
 
     def _transaction(self, outbox: Outbox, partition: int, end: int, now_ms: int) -> Transaction:
-        lists = by_partition(outbox.recommendations.get(partition, ()), self._limits.recommendation_partitions)
+        lists = outbox.recommendations.get(partition, ())
         outputs = [
-            Addressed(self._topics.recommendations, batch)
-            for destination, rows in lists.items()
-            for batch in self._pack_for(destination, rows, now_ms)
+            Addressed(self._topics.recommendations, *batch)
+            for batch in self._packer.pack(lists, self._limits.recommendation_partitions, now_ms)
         ]
         outputs += self._pack_dead_letters(outbox.dead_letters.get(partition, ()), now_ms)
-        states = self._pack_for(partition, outbox.states.get(partition, ()), now_ms)
-        return Transaction(outputs, states, end)
-
-    def _pack_for(self, partition: int, rows: Sequence[KeyValue], now_ms: int) -> list[Batch]:
-        batches = fill(self._new_batch, without_headers(rows), now_ms) if rows else []
-        return [Batch(partition, batch) for batch in batches]
+        return Transaction(outputs, self._packer.pack_for(partition, outbox.states.get(partition, ()), now_ms), end)
 
     def _pack_dead_letters(self, letters: Sequence[DeadLetter], now_ms: int) -> list[Addressed]:
         """One that is refused would end its transaction, again and again: so what is too large is told beforehand."""
         new_batch = partial(BatchBuilder, min(self._limits.dead_letter, BATCH_BYTES), 0, is_transactional=1)
         return [
-            Addressed(self._topics.dead_letters, Batch(destination, batch))
+            Addressed(self._topics.dead_letters, destination, batch)
             for destination, some in by_partition(letters, self._limits.dead_letter_partitions).items()
             for batch in fill(new_batch, map(self._fitting, some), now_ms)
         ]
 
     def _fitting(self, letter: DeadLetter) -> DeadLetter:
         for form in forms_of(letter):
-            [alone] = fill(self._new_batch, [form], 0)
+            [alone] = fill(partial(BatchBuilder, BATCH_BYTES, 0, is_transactional=1), [form], 0)
             if alone.size() <= self._limits.dead_letter:
                 return form
         raise no_room_for_a_reason(self._topics.dead_letters)
@@ -193,7 +186,7 @@ class ExactlyOnce(Delivery[Transactions]):
         return parcel.offsets
 
     async def append(self, partition: int, rows: Sequence[tuple[bytes, bytes]]) -> range:
-        states = self._pack_for(partition, rows, time.time_ns() // 1_000_000)
+        states = self._packer.pack_for(partition, rows, time.time_ns() // 1_000_000)
         offsets = await self._producer_of(partition).transact(Transaction([], states, None))
         return offsets if offsets is not None else range(0)
 
@@ -263,12 +256,14 @@ class PartitionProducer:
             ) from None
         except (KafkaError, AssertionError) as error:  # aiokafka asserts that a producer that has failed isn't used
             raise self._explained(error) from None
-        return offsets_of(transaction.states, answers[-len(transaction.states) :]) if transaction.states else None
+        if not transaction.states:
+            return None
+        return offsets_of(transaction.states, [answer.offset for answer in answers[-len(transaction.states) :]])
 
     async def _run(self, transaction: Transaction) -> list[Any]:
         await self._producer.begin_transaction()
         answers = await self._send(transaction.outputs)
-        answers += await self._send([Addressed(self._topics.changelog, batch) for batch in transaction.states])
+        answers += await self._send([Addressed(self._topics.changelog, *batch) for batch in transaction.states])
         # Before the commit: aiokafka would commit what is left when a batch was refused.
         acknowledged = await _all(*answers, self._send_offset(transaction.end))
         await self._commit()
@@ -279,8 +274,8 @@ class PartitionProducer:
 
     async def _send(self, addressed: Iterable[Addressed]) -> list[asyncio.Future[Any]]:
         return [
-            await self._producer.send_batch(batch.records, topic, partition=batch.partition)
-            for topic, batch in addressed
+            await self._producer.send_batch(records, topic, partition=partition)
+            for topic, partition, records in addressed
         ]
 
     async def _send_offset(self, end: int | None) -> None:

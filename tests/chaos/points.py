@@ -5,8 +5,10 @@ Only for `tests.chaos.worker`: the worker's own code knows nothing of this.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -86,16 +88,21 @@ def signal_at(point: str, count: int, number: int, *, exactly_once: bool = False
 
 
 def _between_steps(passes: Callable[[str], None]) -> None:
-    send = Publisher.send
+    send, turns = Publisher.send, defaultdict[str, asyncio.Lock](asyncio.Lock)
 
-    async def send_with_points(self: Publisher, topic: str, batches: Any) -> Any:
+    def send_with_points(self: Publisher, topic: str, batches: Any) -> asyncio.Future[list[int]]:
         name = "changelog" if topic.endswith("-changelog") else "recommendations"
-        sent = []
-        for batch in batches:
-            passes(f"{name} unsent")
-            sent += await send(self, topic, [batch])
-            passes(f"{name} sent")
-        return sent
+
+        async def one_by_one() -> list[int]:
+            offsets = list[int]()
+            async with turns[topic]:
+                for batch in batches:
+                    passes(f"{name} unsent")
+                    offsets += await send(self, topic, [batch])
+                    passes(f"{name} sent")
+            return offsets
+
+        return asyncio.ensure_future(one_by_one())
 
     acknowledged = stream_app.delivery.acknowledged
 
@@ -126,7 +133,7 @@ def _in_transactions(passes: Callable[[str], None]) -> None:
 
     async def send_with_points(self: PartitionProducer, addressed: Any) -> Any:
         names = {self._topics.recommendations: "recommendations", self._topics.dead_letters: "dead letters"}
-        passed = {names.get(topic, "changelog") for topic, _ in addressed}
+        passed = {names.get(topic, "changelog") for topic, *_ in addressed}
         for name in passed:
             passes(f"{name} unsent")
         sent = await send(self, addressed)

@@ -138,18 +138,21 @@ class Journal:
         return self.open[step]
 
     def acknowledge(self, step: str) -> None:
-        self.open.pop(step).set_result(SimpleNamespace(offset=70))
+        self.open.pop(step).set_result([70])
 
     # as the publisher
     def pack(self, topic: str, records: Sequence[KeyValue], timestamp_ms: int) -> list[Any]:
         return [SimpleNamespace(name=record[1].decode()) for record in records]
 
-    def pack_for(self, partition: int, records: Sequence[KeyValue], timestamp_ms: int) -> list[Any]:
-        names = "+".join(record[1].decode() for record in records)
-        return [SimpleNamespace(name=names, records=SimpleNamespace(record_count=lambda: len(records)))]
+    def pack_each(self, records: Mapping[int, Sequence[KeyValue]], timestamp_ms: int) -> dict[int, list[Any]]:
+        return {partition: [self._batch(rows)] for partition, rows in records.items()}
 
-    async def send(self, topic: str, batches: Sequence[Any]) -> list[asyncio.Future[Any]]:
-        return [self._future(f"{topic} {batch.name}") for batch in batches]
+    def _batch(self, records: Sequence[KeyValue]) -> Any:
+        names = "+".join(record[1].decode() for record in records)
+        return SimpleNamespace(name=names, records=SimpleNamespace(record_count=lambda: len(records)))
+
+    def send(self, topic: str, batches: Sequence[Any]) -> asyncio.Future[Any]:
+        return self._future(f"{topic} {'+'.join(batch.name for batch in batches)}")
 
     async def send_dead_letters(self, topic: str, letters: Sequence[DeadLetter]) -> list[asyncio.Future[Any]]:
         return [self._future(f"{topic} {(letter.value or b'').decode()}") for letter in letters]

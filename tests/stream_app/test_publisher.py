@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 import schemas
+from stream_app.batches import BATCH_BYTES
 from stream_app.errors import BrokerUnavailable, StateError, WorkerError
 from stream_app.messages import DeadLetter
-from stream_app.publisher import BATCH_BYTES, Publisher, acknowledged, offsets_of
+from stream_app.publisher import Publisher, acknowledged, offsets_of
 from stream_app.settings import Settings
 
 TIME_MS = 1_700_000_000_000
@@ -63,7 +64,8 @@ def read(bootstrap):
 
 
 async def sent(publisher, topic, batches):
-    return await acknowledged(await publisher.send(topic, batches), "test records", 30)
+    [offsets] = await acknowledged([publisher.send(topic, batches)], "test records", 30)
+    return offsets
 
 
 # -- packing
@@ -115,7 +117,7 @@ async def test_batches_of_a_partition_keep_their_order_while_none_is_acknowledge
     futures = []
     for number in range(50):
         batches = publisher.pack_for(1, [(b"u", b"%d" % number)], TIME_MS)
-        futures += await publisher.send(topic, batches)
+        futures.append(publisher.send(topic, batches))
     await acknowledged(futures, "the changelog", 30)
     found = await read(topic)
     assert found[0] == []
@@ -261,7 +263,7 @@ async def test_letters_too_large_together_arrive_once_each_in_order(create_topic
 async def test_what_kafka_refuses_is_an_error_that_names_it(create_topic, publisher_to):
     topic = await create_topic("recommendations", max_message_bytes="2000")
     publisher = await publisher_to(topic)
-    futures = await publisher.send(topic, publisher.pack(topic, [(b"u", bytes(5000))], TIME_MS))
+    futures = [publisher.send(topic, publisher.pack(topic, [(b"u", bytes(5000))], TIME_MS))]
     with pytest.raises(WorkerError, match=r"Kafka refused recommendations: .*MessageSizeTooLarge"):
         await acknowledged(futures, "recommendations", 30)
 
@@ -270,7 +272,7 @@ async def test_a_clock_too_far_ahead_for_kafka_is_an_error_that_says_what_to_do(
     topic = await create_topic("recommendations")
     publisher = await publisher_to(topic)
     hours_ahead = int(time.time() + 5 * 3600) * 1000
-    futures = await publisher.send(topic, publisher.pack(topic, [(b"u", b"list")], hours_ahead))
+    futures = [publisher.send(topic, publisher.pack(topic, [(b"u", b"list")], hours_ahead))]
     with pytest.raises(
         WorkerError, match=r"Kafka refused recommendations, whose time .*: set this machine's clock, or"
     ):
