@@ -18,7 +18,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ class _MicroBatch:
     number: int
     events: list[EventT[Any]]
     started: float
+    prepared: _Prepared = field(init=False)
     outbox: Outbox = field(default_factory=Outbox)
     answers: Answers | None = None
     parcel: Any = None
@@ -93,9 +94,9 @@ class Pipeline:
         self._arrived_clicks = 0
         self._held: EventT[Any] | None = None  # arrived, but too large for the micro-batch before
         self._taken = asyncio.Event()
-        # One micro-batch is prepared, and waits at the compute thread itself, while another is computed there.
+        # One micro-batch is prepared while another is computed and encoded.
         self._room = asyncio.Semaphore(2)
-        self._prepared: asyncio.Queue[tuple[_MicroBatch, asyncio.Future[None]]] = asyncio.Queue()
+        self._computed: asyncio.Queue[tuple[_MicroBatch, asyncio.Future[None]]] = asyncio.Queue()
         self._encoded: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
         self._sent: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
         self._logged: asyncio.Queue[_MicroBatch] = asyncio.Queue(DEPTH)
@@ -103,6 +104,11 @@ class Pipeline:
         self._compute_thread = ThreadPoolExecutor(1, "compute")
         self._encode_thread = ThreadPoolExecutor(1, "encode")
         self._disk_thread = ThreadPoolExecutor(1, "disk")
+        self._steps = (
+            (self._prepare_thread, self._decode_and_load),
+            (self._compute_thread, self._advance),
+            (self._encode_thread, self._pack),
+        )
         self._number = 0
 
     async def put(self, event: EventT[Any]) -> None:
@@ -124,7 +130,7 @@ class Pipeline:
         """
         try:
             async with asyncio.TaskGroup() as stages:
-                for stage in (self._prepare, self._encode, self._send_outputs, self._send_changelog, self._persist):
+                for stage in (self._compute, self._hand_out, self._send_outputs, self._send_changelog, self._persist):
                     stages.create_task(_for_ever(stage), name=stage.__name__.lstrip("_"))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
@@ -132,20 +138,35 @@ class Pipeline:
             for thread in (self._prepare_thread, self._compute_thread, self._encode_thread, self._disk_thread):
                 thread.shutdown(wait=True, cancel_futures=True)
 
-    async def _prepare(self) -> None:
+    async def _compute(self) -> None:
         await self._room.acquire()
         events = await self._gather()
         self._number += 1
-        batch = _MicroBatch(self._number, events, time.monotonic())
-        loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(self._prepare_thread, self._decode_and_load, events)
-        computed = loop.run_in_executor(self._compute_thread, self._advance, batch, prepared)
-        self._prepared.put_nowait((batch, computed))
+        batch, done = _MicroBatch(self._number, events, time.monotonic()), Future[None]()
+        done.set_running_or_notify_cancel()  # what is under way in a thread can't be cancelled
+        self._computed.put_nowait((batch, asyncio.wrap_future(done)))
+        self._hand_over(batch, done, 0)
 
-    def _decode_and_load(self, events: Sequence[EventT[Any]]) -> _Prepared:
-        arrived = self._batcher.decode([records for event in events for records in polled_by(event).values()])
+    def _hand_over(self, batch: _MicroBatch, done: Future[None], number: int) -> None:
+        """Have a thread take a step, and hand over to the next: the event loop hears of the end, or of an error."""
+        if number == len(self._steps):
+            done.set_result(None)
+            return
+        thread, step = self._steps[number]
+
+        def take() -> None:
+            try:
+                step(batch)
+                self._hand_over(batch, done, number + 1)
+            except BaseException as error:  # noqa: BLE001  (raised where it is waited for)
+                done.set_exception(error)
+
+        thread.submit(take)
+
+    def _decode_and_load(self, batch: _MicroBatch) -> None:
+        arrived = self._batcher.decode([records for event in batch.events for records in polled_by(event).values()])
         loaded = self._unpersisted.load(arrived.users)
-        return _Prepared(arrived, loaded, self._batcher.unpack(loaded.rows))
+        batch.prepared = _Prepared(arrived, loaded, self._batcher.unpack(loaded.rows))
 
     async def _gather(self) -> list[EventT[Any]]:
         """What has arrived since the last time: one event, or as many as fit."""
@@ -177,22 +198,21 @@ class Pipeline:
         except TimeoutError:
             return None
 
-    def _advance(self, batch: _MicroBatch, prepared: _Prepared) -> None:
-        arrived, loaded, states = prepared
+    def _advance(self, batch: _MicroBatch) -> None:
+        arrived, loaded, states = batch.prepared
+        del batch.prepared  # it is large
         places, newer = self._unpersisted.newer_than(loaded)
         if places:
             states[places] = self._batcher.unpack(newer)
         batch.outbox, batch.answers = self._batcher.advance(arrived, states)
         self._unpersisted.remember(batch.number, batch.outbox.states)
-
-    async def _encode(self) -> None:
-        batch, computed = await self._prepared.get()
-        await computed
         polled_by(batch.events[-1]).want_more()
-        self._room.release()
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._encode_thread, self._pack, batch)
+
+    async def _hand_out(self) -> None:
+        batch, computed = await self._computed.get()
+        await computed
         await self._encoded.put(batch)
+        self._room.release()
 
     def _pack(self, batch: _MicroBatch) -> None:
         now_ms = time.time_ns() // 1_000_000

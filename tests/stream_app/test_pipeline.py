@@ -447,14 +447,15 @@ async def test_a_delivery_learns_where_each_partition_goes_on(
 
     monkeypatch.setattr(AtLeastOnce, "pack", noting)
     journal.before_the_preparation = lambda: preparing.wait(5)
-    await pipeline[0].put(journal.event("a", ends={3: 6, 5: 20}))
-    await settled()
+    for ends in ({3: 6, 5: 20}, {3: 7}):  # two micro-batches: what comes behind them is put together
+        await pipeline[0].put(journal.event("a", ends=ends))
+        await settled()
     await pipeline[0].put(journal.event("b", ends={3: 8}))
     waiting = asyncio.create_task(pipeline[0].put(journal.event("c", ends={3: 10})))
     await settled()
     preparing.set()
-    await until(lambda: len(journal.ends) == 2)
-    assert journal.ends == [{3: 6, 5: 20}, {3: 10}]
+    await until(lambda: len(journal.ends) == 3)
+    assert journal.ends == [{3: 6, 5: 20}, {3: 7}, {3: 10}]
     await asyncio.wait_for(waiting, 5)
 
 
