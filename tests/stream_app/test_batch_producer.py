@@ -174,6 +174,27 @@ async def test_behind_what_was_given_up_nothing_is_appended(create_topic, produc
     assert await read(topic, 1) == [[]]
 
 
+async def test_each_leader_is_asked_for_its_partitions_and_for_those_only_that_are_left(
+    create_topic, producer_to, monkeypatch
+):
+    monkeypatch.setattr(batch_producer, "_BACKOFF_SECONDS", 0.001)
+    topic = await create_topic(partitions=4)
+    producer = await producer_to(topic)
+    asked = []
+
+    async def ask(node, request):
+        asked.append((node, sorted(place.partition for place in request._batches)))
+        if len(asked) == 1:
+            return {place: NotLeaderForPartitionError() for place in request._batches}
+        return {place: 10 * node + place.partition for place in request._batches}
+
+    monkeypatch.setattr(producer, "_ask", ask)
+    monkeypatch.setattr(producer._client.cluster, "leader_for_partition", lambda place: place.partition % 2)
+    batches = batches_of({partition: [b"value"] for partition in range(4)})
+    assert await producer.send(topic, batches) == [0, 11, 2, 13]
+    assert asked == [(0, [0, 2]), (1, [1, 3]), (0, [0, 2])]
+
+
 async def test_topics_do_not_wait_for_each_other(create_topic, producer_to, read):
     topics = [await create_topic(), await create_topic()]
     producer = await producer_to(*topics)
