@@ -70,9 +70,10 @@ class BatchProducer:
         self._id = self._epoch = -1
         self._sent: defaultdict[TopicPartition, int] = defaultdict(int)  # records, modulo `_SEQUENCES`
         self._last: dict[str, asyncio.Task[list[int]]] = {}
+        self._under_way: set[asyncio.Task[list[int]]] = set()
 
     async def start(self, topics: Iterable[str]) -> None:
-        """Connect, and get an id. What may work later is tried again: the caller holds the deadline.
+        """Connect, and get an id. The caller holds the deadline.
 
         Raises:
             KafkaError: Kafka does not let this producer in.
@@ -92,18 +93,21 @@ class BatchProducer:
 
     async def stop(self) -> None:
         """Disconnect; what is not acknowledged by then may be lost."""
-        for sent in self._last.values():
+        for sent in self._under_way:
             sent.cancel()
-        await asyncio.gather(*self._last.values(), return_exceptions=True)
+        await asyncio.gather(*self._under_way, return_exceptions=True)
         await self._client.close()
 
     def send(self, topic: str, batches: Sequence[Batch]) -> asyncio.Future[list[int]]:
         """Append batches behind those that were handed over before; the offset of the first record of each.
 
         What may work later is tried again, for ever: the caller holds the deadline. Once a batch is refused, or given
-        up, those that come later for its topic are refused too. The future raises KafkaError.
+        up, those that come later for its topic are refused too. The future raises KafkaError; who cancels it gives the
+        batches up.
         """
         sent = asyncio.create_task(self._append(topic, batches, self._last.get(topic)))
+        self._under_way.add(sent)
+        sent.add_done_callback(self._under_way.discard)
         sent.add_done_callback(_look_at_error)
         self._last[topic] = sent
         return sent
@@ -111,28 +115,35 @@ class BatchProducer:
     async def _append(self, topic: str, batches: Sequence[Batch], before: asyncio.Task[Any] | None) -> list[int]:
         if before is not None:
             await _appended(before)
-        offsets = list[int]()
-        for some in _requests(batches):
-            found = await self._until_appended({_place(topic, batch): self._numbered(topic, batch) for batch in some})
-            offsets += [found[_place(topic, batch)] for batch in some]
-        return offsets
+        offsets = dict[int, int]()
+        for numbers in _requests(batches):
+            places = {TopicPartition(topic, batches[number].partition): number for number in numbers}
+            found = await self._until_appended(
+                {place: self._numbered(place, batches[n]) for place, n in places.items()}
+            )
+            offsets |= {number: found[place] for place, number in places.items()}
+        return [offsets[number] for number in range(len(batches))]
 
-    def _numbered(self, topic: str, batch: Batch) -> memoryview:
+    def _numbered(self, place: TopicPartition, batch: Batch) -> memoryview:
         """The bytes of a batch, with its number."""
-        place, records = _place(topic, batch), batch.records
+        records = batch.records
         records._set_producer_state(self._id, self._epoch, self._sent[place])
         self._sent[place] = (self._sent[place] + records.record_count()) % _SEQUENCES
         return memoryview(records._build())
 
     async def _until_appended(self, batches: Mapping[TopicPartition, memoryview]) -> dict[TopicPartition, int]:
-        offsets = dict[TopicPartition, int]()
+        offsets, told = dict[TopicPartition, int](), False
         while True:
             answers = await self._request(batches)
             offsets |= {place: offset for place, offset in answers.items() if isinstance(offset, int)}
             errors = {place: error for place, error in answers.items() if isinstance(error, KafkaError)}
             if not errors:
                 return offsets
-            await self._wait_or_raise(list(errors.values()))
+            why = list(errors.values())
+            await self._wait_or_raise(why)
+            if not told:
+                log.warning("Kafka did not take record batches; they are sent again", error=repr(why[0]))
+                told = True
             batches = {place: batches[place] for place in errors}
 
     async def _request(self, batches: Mapping[TopicPartition, memoryview]) -> dict[TopicPartition, int | KafkaError]:
@@ -153,20 +164,24 @@ class BatchProducer:
         self, node: int, batches: Mapping[TopicPartition, memoryview]
     ) -> dict[TopicPartition, int | KafkaError]:
         try:
-            return await self._ask(node, _Request(self._timeout_ms, batches))
+            answers = await self._ask(node, _Request(self._timeout_ms, batches))
         except KafkaError as error:
             return dict.fromkeys(batches, error)
+        silence = RequestTimedOutError(f"the answer of Kafka's node {node} leaves it out")
+        return {place: answers.get(place, silence) for place in batches}
 
     async def _ask(self, node: int, request: _Request) -> dict[TopicPartition, int | KafkaError]:
-        """As `AIOKafkaClient.send` does, which would put the parts of a request together, and copy them for that."""
+        """As `AIOKafkaClient.send` does, which would copy the parts of a request twice to put them together."""
         if not await self._client.ready(node):
             raise NodeNotReadyError(f"no connection to Kafka's node {node}")
         connection = self._client._conns[node, ConnectionGroup.DEFAULT]
+        if connection._writer is None:  # closed while others waited for it too
+            raise KafkaConnectionError(f"the connection to Kafka's node {node} is closed")
         number = connection._next_correlation_id()
         parts = request.parts_for(connection._versions, number, connection._client_id)
         try:
             connection._writer.writelines(parts)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # uvloop's word for a connection that it has closed is the second
             connection.close(reason=CloseReason.CONNECTION_BROKEN)
             raise KafkaConnectionError(f"the connection to Kafka's node {node} broke: {error}") from None
         answer: asyncio.Future[dict[TopicPartition, int | KafkaError]] = asyncio.get_running_loop().create_future()
@@ -187,29 +202,25 @@ class BatchProducer:
         for error in errors:
             if not error.retriable:
                 raise error
-        log.warning("Kafka did not take record batches; they are sent again", error=repr(errors[0]))
         await asyncio.sleep(_BACKOFF_SECONDS)
         if any(error.invalid_metadata for error in errors):
             await self._client.force_metadata_update()
 
 
-def _place(topic: str, batch: Batch) -> TopicPartition:
-    return TopicPartition(topic, batch.partition)
-
-
-def _requests(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
-    """Batches as requests take them: one for each partition, and so many bytes."""
-    waiting = list(batches)
+def _requests(batches: Sequence[Batch]) -> Iterator[list[int]]:
+    """Numbers of the batches as requests take them: one for each partition, in order, and so many bytes."""
+    waiting = list(range(len(batches)))
     while waiting:
-        some, room, left = dict[int, Batch](), REQUEST_BYTES, list[Batch]()
-        for batch in waiting:
-            if batch.partition in some or (some and batch.records.size() > room):
-                left.append(batch)
-                room = 0
+        some, blocked, room, left = list[int](), set[int](), REQUEST_BYTES, list[int]()
+        for number in waiting:
+            partition, size = batches[number].partition, batches[number].records.size()
+            if partition in blocked or (some and size > room):
+                left.append(number)
             else:
-                some[batch.partition] = batch
-                room -= batch.records.size()
-        yield list(some.values())
+                some.append(number)
+                room -= size
+            blocked.add(partition)
+        yield some
         waiting = left
 
 

@@ -75,6 +75,13 @@ def batches_of(values, most=BATCH_BYTES):
     return [batch for some in Packer(most).pack_each(rows, TIME_MS).values() for batch in some]
 
 
+def raising(error):
+    def fail(_):
+        raise error
+
+    return fail
+
+
 def lose(monkeypatch, producer, lost):
     """Lose requests or the answers to them: what `lost` gives for each is "request", "answer" or None."""
     ask = producer._ask
@@ -195,6 +202,60 @@ async def test_each_leader_is_asked_for_its_partitions_and_for_those_only_that_a
     assert asked == [(0, [0, 2]), (1, [1, 3]), (0, [0, 2])]
 
 
+async def test_a_partition_that_the_answer_leaves_out_is_asked_for_again(create_topic, producer_to, read, monkeypatch):
+    monkeypatch.setattr(batch_producer, "_BACKOFF_SECONDS", 0.001)
+    topic = await create_topic(partitions=2)
+    producer = await producer_to(topic)
+    ask, asked = producer._ask, []
+
+    async def ask_and_leave_out(node, request):
+        asked.append(sorted(place.partition for place in request._batches))
+        answers = await ask(node, request)
+        if len(asked) == 1:
+            del answers[TopicPartition(topic, 1)]
+        return answers | {TopicPartition("of nobody", 0): NotLeaderForPartitionError()}
+
+    monkeypatch.setattr(producer, "_ask", ask_and_leave_out)
+    assert await producer.send(topic, batches_of({0: [b"a"], 1: [b"b"]})) == [0, 0]
+    assert asked == [[0, 1], [1]]
+    assert await read(topic, 2) == [[b"a"], [b"b"]]
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("unable to perform operation on <TCPTransport closed=True>")])
+async def test_a_connection_that_was_closed_meanwhile_is_made_again(
+    create_topic, producer_to, read, monkeypatch, error
+):
+    monkeypatch.setattr(batch_producer, "_BACKOFF_SECONDS", 0.001)
+    topic = await create_topic()
+    producer = await producer_to(topic)
+    ready, times = producer._client.ready, iter(range(9))
+
+    async def ready_and_closed(node):
+        found = await ready(node)
+        if next(times) == 0:
+            connection = next(iter(producer._client._conns.values()))
+            if error is None:
+                connection.close()
+            else:
+                monkeypatch.setattr(connection._writer, "writelines", raising(error))
+        return found
+
+    monkeypatch.setattr(producer._client, "ready", ready_and_closed)
+    assert await producer.send(topic, batches_of({0: [b"a"]})) == [0]
+    assert await read(topic, 1) == [[b"a"]]
+
+
+async def test_after_a_stop_nothing_is_under_way(create_topic, producer_to, read):
+    topic = await create_topic()
+    producer = await producer_to(topic)
+    sent = [producer.send(topic, batches_of({partition: [b"value"]})) for partition in (7, 0, 0)]
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(10):
+        await producer.stop()
+    assert all(each.cancelled() for each in sent)
+    assert await read(topic, 1) == [[]]
+
+
 async def test_topics_do_not_wait_for_each_other(create_topic, producer_to, read):
     topics = [await create_topic(), await create_topic()]
     producer = await producer_to(*topics)
@@ -259,7 +320,7 @@ def test_a_request_has_one_batch_for_a_partition_and_no_more_bytes_than_it_may(d
     batches = [batch for partition, size in drawn for batch in batches_of({partition: [bytes(size)]})]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(batch_producer, "REQUEST_BYTES", most)
-        requests = list(_requests(batches))
+        requests = [[batches[number] for number in numbers] for numbers in _requests(batches)]
     for some in requests:
         assert len({batch.partition for batch in some}) == len(some)
         assert sum(batch.records.size() for batch in some) <= most or len(some) == 1
@@ -267,3 +328,10 @@ def test_a_request_has_one_batch_for_a_partition_and_no_more_bytes_than_it_may(d
         assert [b for some in requests for b in some if b.partition == partition] == [
             b for b in batches if b.partition == partition
         ]
+
+
+@given(st.lists(st.integers(0, 4), max_size=30))
+def test_there_are_as_many_requests_as_the_partition_with_most_batches_needs(partitions):
+    batches = [batch for partition in partitions for batch in batches_of({partition: [b"value"]})]
+    most = max(map(partitions.count, partitions), default=0)
+    assert len(list(_requests(batches))) == most
